@@ -1,0 +1,28 @@
+# make        shows what there is
+# make demo   is the shortest way to a fine-tuned model
+# VENV=folder and PYTHON=python3.12 choose where things are installed and with which Python
+VENV ?= .venv
+PYTHON ?= python3
+INSTALLED := $(VENV)/.finetune_nb-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test
+
+help:
+	@echo "make install   make the virtual environment $(VENV) with everything pinned (once)"
+	@echo "make demo      fine-tune the embedded model on the home task, on the CPU, and show what it gained"
+	@echo "make test      run every notebook, then the tests"
+
+install: $(INSTALLED)
+
+# installed again only when one of these files has changed
+$(INSTALLED): constraints.txt settings.ini setup.py pyproject.toml tools/install.sh
+	PYTHON=$(PYTHON) tools/install.sh $(VENV)
+	@touch $@
+
+demo: install
+	$(VENV)/bin/finetune-nb run --demo
+
+test: install
+	$(VENV)/bin/nbdev-test --n-workers 2
+	$(VENV)/bin/python -m pytest -q tests
