@@ -10,9 +10,9 @@ import argparse, json, sys
 from pathlib import Path
 
 from . import __version__, runs
-from .core import Problem, UserError, markdown_table, write_atomic
+from .core import Problem, UserError, markdown_table, read_json
 from .facts import TABLES, table
-from .recipe import PRESETS, _Loader, from_values, load, make
+from .recipe import PRESETS, _Loader, load, make
 
 # %% ../nbs/16_cli.ipynb #7bda766d
 def _value(text):
@@ -46,8 +46,8 @@ def _finished(folder, **more):
     page = report.build(folder)
     _say("")
     shown = report.text(folder)
-    result = runs.read_json(folder / "comparison.json") if (folder / "comparison.json").exists() else {}
-    return dict(run=str(folder), status=runs.status(folder), metrics=runs.read_json(folder / "metrics.json"), verdict=result.get("verdict"), report=str(page), **more), shown
+    result = read_json(folder / "comparison.json") if (folder / "comparison.json").exists() else {}
+    return dict(run=str(folder), status=runs.status(folder), metrics=read_json(folder / "metrics.json"), verdict=result.get("verdict"), report=str(page), **more), shown
 
 
 def rerun(args):

@@ -111,7 +111,7 @@ def fields():
 
 # %% ../nbs/05_recipe.ipynb #b7d8dd7b
 LAPTOP = dict(lora_layers=10, lora_dropout=0.0, learning_rate=2e-3, epochs=5.0, batch_size=8, accumulation=1, max_length=512, packing=False,
-              group_by_length=True, gradient_checkpointing=False, dtype="auto", eval_steps=100, save_steps=200, keep_checkpoints=2, best_at_end=False)
+              gradient_checkpointing=False, dtype="auto", eval_steps=100, save_steps=200, keep_checkpoints=2, best_at_end=False)
 PRESETS = {
     "stock": dict(tracker="tensorboard"),
     "laptop": LAPTOP,

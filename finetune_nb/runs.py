@@ -6,15 +6,16 @@
 __all__ = ['OWN', 'injected', 'from_notebook', 'new_folder', 'commit', 'now', 'note', 'begin', 'finish', 'alive', 'status',
            'pipeline', 'execute', 'run', 'runs', 'differences', 'compare', 'rerun']
 
-# %% ../nbs/14_runs.ipynb #1b11455b
-import ast, json, os, platform, re, shutil, socket, subprocess, sys, time
+# %% ../nbs/14_runs.ipynb #a381540b
+import ast, os, platform, re, socket, subprocess, sys, time
 from datetime import datetime, timezone
 from pathlib import Path
 
 from . import __version__
-from .core import Problem, UserError, human_time, markdown_table, nearest, read_json, sha256_json, write_atomic, write_json
-from .hardware import lock, versions
-from .recipe import FIELDS, from_values, load, make, to_yaml
+from .core import Problem, UserError, human_time, nearest, read_json, sha256_json, stop_on_errors, write_atomic, write_json
+from .hardware import disk_problems, lock, versions
+from .job import early_problems
+from .recipe import FIELDS, load, make, to_yaml
 
 # %% ../nbs/14_runs.ipynb #07322a45
 OWN = ("preset", "recipe", "run")
@@ -65,7 +66,9 @@ def commit():
     return "" if head.returncode else head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
-def now(): return datetime.now(timezone.utc).isoformat(timespec="seconds")
+def now():
+    "The time in UTC, ISO 8601, to the second"
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def note(
@@ -184,15 +187,7 @@ def run(
     needed=3 << 30,  # bytes of free disk to insist on
 ):
     "Do a run in a new folder and return the folder; the report is made by the caller"
-    from finetune_nb.core import stop_on_errors
-    from finetune_nb.hardware import disk_problems
-    from finetune_nb.models import find
-    from finetune_nb.recipe import problems
-    found = [p for p in problems(recipe) if p.level == "error"] + disk_problems(out, needed)
-    try: find(recipe.model)
-    except UserError as e: found += e.problems
-    if recipe.data != "home" and Path(recipe.data).suffix and not Path(recipe.data).exists(): found.append(Problem("data", "is not there", "Give an existing file, a folder or a hub id", recipe.data))
-    stop_on_errors(found)
+    stop_on_errors(early_problems(recipe) + disk_problems(out, needed), warn=lambda text: None)
     folder = new_folder(out, recipe.name)
     write_atomic(folder / "recipe.yaml", to_yaml(recipe))
     note(folder, status="starting", started=now(), pid=os.getpid(), host=socket.gethostname())
