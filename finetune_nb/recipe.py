@@ -109,8 +109,8 @@ def fields():
     kind = lambda f: getattr(f.annotation, "__name__", None) if isinstance(f.annotation, type) else " | ".join(f.annotation.__args__)
     return [dict(setting=n, type=kind(f), default=f.default, help=f.description, group=f.json_schema_extra["group"]) for n, f in FIELDS.items()]
 
-# %% ../nbs/05_recipe.ipynb #b7d8dd7b
-LAPTOP = dict(lora_layers=10, lora_dropout=0.0, learning_rate=2e-3, epochs=5.0, batch_size=8, accumulation=1, max_length=512, packing=False,
+# %% ../nbs/05_recipe.ipynb #e201f958
+LAPTOP = dict(lora_layers=10, lora_dropout=0.0, learning_rate=3e-3, epochs=2.0, batch_size=8, accumulation=1, max_length=512, packing=False,
               gradient_checkpointing=False, dtype="auto", eval_steps=100, save_steps=200, keep_checkpoints=2, best_at_end=False)
 PRESETS = {
     "stock": dict(tracker="tensorboard"),
@@ -171,6 +171,7 @@ def _unusual(r):
     for row in table("hyperparameters").rows:
         name, value = row["setting"], getattr(r, row["setting"], None)
         if r.method == "full" and (name.startswith("lora") or name == "learning_rate"): continue
+        if any(preset.get(name) == value for preset in PRESETS.values()): continue
         if value and not row["low"] <= value <= row["high"]:
             out.append(Problem(name, f"is outside the usual {row['low']:g} to {row['high']:g}", f"The usual start is {row['recommended']}", value, row["source"], "warning"))
     if r.method == "full" and r.learning_rate > 5e-5:

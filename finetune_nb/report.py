@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['curve_points', 'curve', 'png', 'build', 'text']
 
-# %% ../nbs/14a_report.ipynb #5048b484
-import json
+# %% ../nbs/14a_report.ipynb #619906e6
+import json, re
 from pathlib import Path
 
 from .core import Problem, UserError, read_json, write_atomic
@@ -65,6 +65,7 @@ def build(
     notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if o.output_type != "stream"]
+        else: cell.source = re.sub(r"^- \w+: \w+$", "", cell.source, flags=re.M)  # settings of the site, under the title
     page, _ = HTMLExporter(config=config).from_notebook_node(notebook, resources={"metadata": {"name": folder.name}})
     return write_atomic(folder / "report.html", page)
 

@@ -29,11 +29,12 @@ class Log(TrainerCallback):
     ):
         self.path, self.every, self.say, self.progress = Path(path), every, say, None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.start = time.monotonic()
+        self.start, self.cpu = time.monotonic(), time.process_time()
 
     def on_train_begin(self, args, state, control, **kwargs):
         "Start the clock"
         self.progress, self.shown, self.start = Progress("train", state.max_steps, self.every, self.say), {}, time.monotonic()
+        self.cpu = time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
         "A progress line, if it is time"
@@ -41,7 +42,7 @@ class Log(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         "Keep the numbers; held-out loss is told at once"
-        with open(self.path, "a") as f: f.write(json.dumps({"step": state.global_step, "seconds": round(time.monotonic() - self.start, 2), **(logs or {})}) + "\n")
+        with open(self.path, "a") as f: f.write(json.dumps({"step": state.global_step, "seconds": round(time.monotonic() - self.start, 2), "cpu_seconds": round(time.process_time() - self.cpu, 2), **(logs or {})}) + "\n")
         for key, name in dict(loss="loss", learning_rate="lr").items():
             if key in (logs or {}) and self.progress: self.shown[name] = float(logs[key])
         if "eval_loss" in (logs or {}): self.say(f"step {state.global_step}: held-out loss {float(logs['eval_loss']):.4f}")

@@ -3,7 +3,6 @@ import json
 import subprocess
 import sys
 import typing
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import losses, saved_weights, train_here
 from finetune_nb import job
+from finetune_nb.core import UserError
 from finetune_nb.data import save
 from finetune_nb.models import blocks, linear_targets
 from finetune_nb.recipe import FIELDS, make
@@ -59,6 +59,7 @@ SAME_RUN = {
     **{f"start {i}": dict(lora_init=i) for i in INITS if i != "default"},
 }
 NO_SHORTCUT = ["packed"]
+CHANGES_BASE = ("olora", "pissa", "pissa_niter_16")
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +96,11 @@ def test_the_plain_script_does_the_same_run(name, fast, recipe, scripted, tmp_pa
     assert not (folder / "plain.py.error").exists(), (folder / "plain.py.error").read_text()
     assert any("same loss as TRL" in s for s in said) == (fast and name not in NO_SHORTCUT), said
     ours, theirs = losses(trainer), json.loads((folder / "losses.json").read_text())
-    assert differ(ours, theirs) < (1e-4 if fast else 1e-6), f"ours {ours}\nplain script {theirs}"
+    allowed = 1e-6 if not fast else 1e-3 if r.quantization == "int8" else 1e-4  # int8 rounds activations, so the last digits of a sum can move a whole step
+    assert differ(ours, theirs) < allowed, f"ours {ours}\nplain script {theirs}"
     assert len(set(ours)) > 4, "the losses do not move, so they show nothing"
-    if fast: return
+    if fast or r.lora_init in CHANGES_BASE: return  # the package converts these starts, so that they fit the unchanged base
     mine, plain = saved_weights(tmp_path / "adapter"), saved_weights(folder / "run" / "adapter")
-    if r.lora_init in ("olora", "pissa", "pissa_niter_16"): return  # the package converts these, so that they fit the unchanged base
     assert mine.keys() == plain.keys() and all(torch.equal(mine[k], plain[k]) for k in mine), "the same losses, but other weights at the end"
 
 
@@ -119,9 +120,8 @@ WAYS = {
     "nf4": dict(method="qlora"), "fp4, simple scales": dict(method="qlora", quantization="fp4", double_quantization=False), "int8": dict(method="qlora", quantization="int8"),
     "nf4, orthogonal": dict(method="qlora", lora_init="orthogonal"), "nf4, dora": dict(method="qlora", use_dora=True),
     "every weight": dict(method="full"),
-    **{f"start {i}, {what}": dict(lora_init=i) | more for i in ("olora", "pissa") for what, more in {"rslora": dict(use_rslora=True), "head trained whole": dict(modules_to_save="lm_head"), "last layers": dict(lora_layers=2)}.items()},
+    **{f"start {i}, {what}": dict(lora_init=i) | more for i in ("olora", "pissa") for what, more in {"rslora": dict(use_rslora=True), "last layers": dict(lora_layers=2)}.items()},
 }
-CHANGES_BASE = ("olora", "pissa", "pissa_niter_16")
 
 
 @torch.no_grad()
@@ -130,22 +130,25 @@ def logits(model, encoded):
     return [model(input_ids=torch.tensor([e["input_ids"]])).logits for e in encoded[:4]]
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["shortcuts", "stock"])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_saved_is_what_was_trained(way, fast, recipe, tmp_path):
-    r = recipe(fast_path=fast, max_steps=3, learning_rate=5e-3, **WAYS[way])
+def test_what_is_saved_is_what_was_trained(way, recipe, tmp_path):
+    saved_as_trained(recipe(max_steps=3, learning_rate=5e-3, **WAYS[way]), tmp_path)
+
+
+def saved_as_trained(r, tmp_path):
     trainer, before, encoded = train_here(r, tmp_path)
     after, fresh = dict(trainer.model.named_parameters()), fresh_base(r)
     trained = {n for n, p in after.items() if p.requires_grad}
     moved = {n for n, p in after.items() if not torch.equal(p, before[n])}
     assert trained and moved <= trained, f"changed though not trained: {sorted(moved - trained)[:5]}"
-    assert len(moved) > 0.9 * len(trained) or r.lora_bias != "none", f"trained, but not moved: {sorted(trained - moved)[:5]}"
+    still = {n for n in trained - moved if not n.endswith("k_proj.bias")}  # attention does not see a constant added to every key
+    assert not still, f"trained, but not moved: {sorted(still)[:5]}"
     if r.method != "full" and r.lora_init not in CHANGES_BASE: same_base(trainer.model, fresh, trained)
     files = {p.name for p in (tmp_path / "adapter").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json"} <= files if r.method != "full" else {"model.safetensors", "config.json"} <= files
     assert "tokenizer.json" in files and not [f for f in files if f.endswith((".bin", ".pt", ".pth", ".pkl"))]
     wanted, base = logits(trainer.model, encoded), logits(fresh, encoded)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32) if r.method == "full" else PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32) if r.method == "full" else PeftModel.from_pretrained(fresh, tmp_path / "adapter", autocast_adapter_dtype=False)
     again = logits(loaded, encoded)
     assert min((w - b).abs().max() for w, b in zip(wanted, base)) > 1e-2, "training changed nothing that shows"
     assert max((w - a).abs().max() for w, a in zip(wanted, again)) < 1e-4, "the saved adapter is not the trained one"
@@ -163,3 +166,36 @@ def same_base(model, fresh, trained):
     assert len(own) > 20 and own.keys() <= theirs.keys()
     different = [n for n in own if not torch.equal(own[n].data, theirs[n].data)]
     assert not different, f"the frozen base changed: {different[:5]}"
+
+
+IMPOSSIBLE = {
+    "orthogonal with an odd rank": dict(lora_init="orthogonal", lora_r=3),
+    "a norm as target": dict(lora_targets="norm"),
+    "target and trained whole": dict(lora_targets="q_proj", modules_to_save="q_proj"),
+    **{f"{i}, {what}": dict(lora_init=i) | more for i in ("olora", "pissa") for what, more in {
+        "head trained whole": dict(modules_to_save="lm_head"), "bias": dict(lora_bias="all"), "dora": dict(use_dora=True), "rank above the layers' size": dict(lora_r=100)}.items()},
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_what_cannot_be_done_is_told_before_training(name, recipe, tmp_path):
+    "Or it is done: then what is saved must be what was trained. Never a failure after the training"
+    try: saved_as_trained(recipe(max_steps=2, learning_rate=5e-3, **IMPOSSIBLE[name]), tmp_path)
+    except UserError as e: assert not (tmp_path / "metrics.jsonl").exists() and any(s in str(e) for s in IMPOSSIBLE[name])
+
+
+@pytest.mark.parametrize("start", ["eva", "pissa"])
+def test_a_start_of_adapters_means_nothing_when_every_weight_is_trained(start, recipe, tmp_path):
+    trainer, *_ = train_here(recipe(method="full", lora_init=start, max_steps=2), tmp_path)
+    assert trainer.state.global_step == 2 and not (tmp_path / "initial-adapter").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("fast", [True, False], ids=["shortcuts", "stock"])
+def test_measuring_between_does_not_change_the_training(fast, method, recipe, tmp_path):
+    "On processors with bfloat16 bitsandbytes repacks a 4-bit weight when it is used without gradients, and loses the gradient from then on"
+    found = []
+    for every in (1, 0):
+        trainer, *_ = train_here(recipe(fast_path=fast, method=method, eval_steps=every, learning_rate=5e-3), tmp_path / str(every))
+        found.append([l["loss"] for l in trainer.state.log_history if "loss" in l])
+    assert len(found[0]) == 4 and found[0] == found[1]
