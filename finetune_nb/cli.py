@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NEEDS', 'recipe_of', 'run', 'rerun', 'list_runs', 'compare', 'facts', 'doctor', 'parser', 'main']
 
-# %% ../nbs/16_cli.ipynb #b874921e
-import argparse, json, sys
+# %% ../nbs/16_cli.ipynb #7f748b27
+import argparse, json, sys, traceback
 from pathlib import Path
 
 from . import __version__, runs
@@ -132,5 +132,9 @@ def main(
         _say("\nstopped; the run folder says so and keeps what there was")
         return 130
     except BrokenPipeError: return 0
+    except Exception as e:
+        print(json.dumps({"error": f"{type(e).__name__}: {e}"}) if args.json else "", end="\n" if args.json else "")
+        _say(f"finetune-nb {args.verb} failed. {e if isinstance(e, runs.RunFailed) else traceback.format_exc()}")
+        return 1
     print(json.dumps(answer, ensure_ascii=False, default=str) if args.json else shown)
     return 0

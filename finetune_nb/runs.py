@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OWN', 'injected', 'from_notebook', 'new_folder', 'commit', 'now', 'note', 'begin', 'finish', 'alive', 'status',
-           'pipeline', 'execute', 'run', 'runs', 'differences', 'compare', 'rerun']
+           'pipeline', 'execute', 'RunFailed', 'run', 'runs', 'differences', 'compare', 'rerun']
 
 # %% ../nbs/14_runs.ipynb #a381540b
 import ast, os, platform, re, socket, subprocess, sys, time
@@ -169,12 +169,25 @@ def execute(
             note(folder, status="stopped" if e.ename == "KeyboardInterrupt" else "failed", ended=now(), error=f"{e.ename}: {text}"[:4000])
             if e.ename == "KeyboardInterrupt": raise KeyboardInterrupt from None
             if e.ename == "UserError": raise UserError(_from_text(text)) from None
-            raise
+            if known := _explained(text): raise UserError(known) from None
+            raise RunFailed(f"{e.ename}: {text[:500]}\nthe executed notebook shows where: {folder / 'notebook.ipynb'}") from None
         except BaseException as e:
-            note(folder, status="died" if type(e).__name__ == "DeadKernelError" else "failed", ended=now(), error=f"{type(e).__name__}: {e}"[:4000])
+            died = type(e).__name__ == "DeadKernelError"
+            note(folder, status="died" if died else "failed", ended=now(), error=f"{type(e).__name__}: {e}"[:4000])
+            if known := _explained(str(e)): raise UserError(known) from None
+            if died: raise RunFailed(f"the run's process was killed, most often because memory ran out; what it had is in {folder}") from None
             raise
 
-# %% ../nbs/14_runs.ipynb #49d02b51
+# %% ../nbs/14_runs.ipynb #4fd61a2f
+class RunFailed(Exception):
+    "A run that failed for a reason that is not the person's; the message says where to look"
+
+
+def _explained(text):
+    if "No space left on device" in text: return Problem("disk", "is full", "Free some space and run again; the run folder keeps what was written before")
+    if "out of memory" in text.lower(): return Problem("memory", "was not enough for this recipe", "Lower batch_size (raise accumulation instead), set gradient_checkpointing: true, or use method: qlora")
+
+
 def _from_text(text):
     parts = [line[2:].partition(": ") for line in text.splitlines() if line.startswith("- ")] or [("run", "", text)]
     return [Problem(place, problem, "") for place, _, problem in parts]
