@@ -64,8 +64,17 @@ def tiny_model(tmp_path_factory): return save_model(tmp_path_factory.mktemp("tin
 def tiny_rows(tmp_path_factory): return str(write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", chat_rows()))
 
 
+@pytest.fixture(scope="session")
+def frozen():
+    "Every training ends with a garbage collection, which takes half a second if it walks through all that was imported"
+    import gc
+    import bitsandbytes, datasets, peft, transformers, trl  # noqa
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
-def one_thread():
+def one_thread(frozen):
     "A model this small is many times slower on several threads; what a recipe sets is undone"
     import torch
     threads = torch.get_num_threads()
