@@ -12,11 +12,12 @@ from pathlib import Path
 from . import __version__, runs
 from .core import Problem, UserError, markdown_table, read_json
 from .facts import TABLES, table
-from .recipe import PRESETS, _Loader, load, make
+from .recipe import FIELDS, PRESETS, _Loader, load, make
 
-# %% ../nbs/16_cli.ipynb #7bda766d
-def _value(text):
+# %% ../nbs/16_cli.ipynb #2c7fc294
+def _value(name, text):
     import yaml
+    if name not in FIELDS or FIELDS[name].annotation not in (int, float, bool): return text
     try: return yaml.load(text, _Loader)
     except yaml.YAMLError: return text
 
@@ -28,7 +29,7 @@ def recipe_of(
     args,  # parsed arguments of `run`
 ):
     "The recipe a command line asks for"
-    values = {k: _value(v) for k, v in args.p}
+    values = {k: _value(k, v) for k, v in args.p}
     if args.recipe: return load(args.recipe, **({"preset": args.preset} if args.preset else {}), **values)
     if not (args.demo or args.preset or values):
         raise UserError(Problem("run", "needs a recipe", "Give a recipe file, settings (-p data my.jsonl), or --demo for the embedded model and task"))
@@ -97,10 +98,15 @@ def doctor(args):
              *(f"missing {x['package']}, for {x['needed_for']}: {x['install']}" for x in missing)] + ([] if missing else ["nothing is missing"])
     return dict(versions=versions(), device=vars(m) if m else None, choices=choices, missing=missing), "\n".join(lines)
 
-# %% ../nbs/16_cli.ipynb #2ebe118c
+# %% ../nbs/16_cli.ipynb #2d4a88bf
+class _Parser(argparse.ArgumentParser):
+    "Tells a mistyped command as a problem like any other"
+    def error(self, message): raise UserError(Problem("command line", message, f"See: {self.prog} --help"))
+
+
 def parser():
     "The command line's parser"
-    top = argparse.ArgumentParser(prog="finetune-nb", description="From 'should I fine-tune?' to a model proven better on your own data.")
+    top = _Parser(prog="finetune-nb", description="From 'should I fine-tune?' to a model proven better on your own data.")
     top.add_argument("--version", action="version", version=__version__)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     def verb(name, function, *arguments):
@@ -122,19 +128,22 @@ def main(
     argv=None,  # the arguments; None takes the process's own
 ):
     "The command `finetune-nb`; returns its exit code"
-    args = parser().parse_args(argv)
-    try: answer, shown = args.function(args)
+    argv = sys.argv[1:] if argv is None else argv
+    verb, as_json = next((a for a in argv if not a.startswith("-")), ""), "--json" in argv
+    try:
+        args = parser().parse_args(argv)
+        answer, shown = args.function(args)
     except UserError as e:
-        print(json.dumps({"error": [{k: str(v) for k, v in vars(p).items() if v not in ("", None)} for p in e.problems]}, ensure_ascii=False) if args.json else "", end="\n" if args.json else "")
-        _say(f"finetune-nb {args.verb}: {len(e.problems)} problem{'s' if len(e.problems) > 1 else ''} to mend\n{e}")
+        if as_json: print(json.dumps({"error": [{k: str(v) for k, v in vars(p).items() if v not in ("", None)} for p in e.problems]}, ensure_ascii=False))
+        _say(f"finetune-nb {verb}: {len(e.problems)} problem{'s' if len(e.problems) > 1 else ''} to mend\n{e}")
         return 2
     except KeyboardInterrupt:
         _say("\nstopped; the run folder says so and keeps what there was")
         return 130
     except BrokenPipeError: return 0
     except Exception as e:
-        print(json.dumps({"error": f"{type(e).__name__}: {e}"}) if args.json else "", end="\n" if args.json else "")
-        _say(f"finetune-nb {args.verb} failed. {e if isinstance(e, runs.RunFailed) else traceback.format_exc()}")
+        if as_json: print(json.dumps({"error": f"{type(e).__name__}: {e}"}, ensure_ascii=False))
+        _say(f"finetune-nb {verb} failed. {e if isinstance(e, runs.RunFailed) else traceback.format_exc()}")
         return 1
-    print(json.dumps(answer, ensure_ascii=False, default=str) if args.json else shown)
+    print(json.dumps(answer, ensure_ascii=False, default=str) if as_json else shown)
     return 0
