@@ -3,8 +3,10 @@
 usage: python bench/time_to_loss.py STOCK_RUN OUR_RUN [--out bench/results/NAME.json]
 
 Both runs must have the same data, model and held-out rows. The target is the best held-out loss that the first run
-reached. Counted is the time of training with everything it needs (storing the frozen layers included), without the
-time of the evaluations on the way, because one run may be evaluated more often than the other.
+reached, finished or not. Counted is the processor time of training with everything it needs, because the clock also
+counts what else runs on the machine. Where only the clock is known, the bound that favours the first run is taken:
+storing the frozen layers (ours) counts as clock time on all threads, the evaluations on the way are taken off the
+first run as clock time on all threads, and off ours not at all.
 """
 import argparse
 import json
@@ -13,14 +15,16 @@ from pathlib import Path
 from finetune_nb.core import read_json, write_json
 
 
-def curve(folder):
-    "[(held-out loss, seconds of training without evaluations)], and the facts of the run"
-    facts, points, evaluating = read_json(folder / "run.json"), [], 0.0
+def curve(folder, first):
+    "[(held-out loss, processor seconds, step)] and the facts of the run"
+    facts, points = read_json(folder / "run.json"), []
+    threads = next(c["value"] for c in facts["choices"] if c["setting"] == "threads")
+    extra = facts.get("seconds", {}).get("prepare", 0) * threads
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         log = json.loads(line)
         if "eval_loss" in log:
-            evaluating += log["eval_runtime"]
-            points.append((log["eval_loss"], facts["seconds"]["prepare"] + log["seconds"] - evaluating, log["step"]))
+            if first: extra -= log["eval_runtime"] * threads
+            points.append((log["eval_loss"], round(extra + log["cpu_seconds"], 1), log["step"]))
     return points, facts
 
 
@@ -30,20 +34,20 @@ def main():
     parser.add_argument("ours", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    (stock, a), (ours, b) = curve(args.stock), curve(args.ours)
+    (stock, a), (ours, b) = curve(args.stock, True), curve(args.ours, False)
     if a["data"] != b["data"] or a["model"] != b["model"]: raise SystemExit("the two runs differ in data or model")
-    target, seconds, _ = min(stock)
+    target, seconds, step = min(stock)
     reached = next((p for p in ours if p[0] <= target), None)
-    scores = lambda run: {k: v for k, v in read_json(run / "metrics.json")["after"].items()}
+    scores = lambda run: read_json(run / "metrics.json")["after"] if (run / "metrics.json").exists() else {}
     result = dict(
-        question="how long until the held-out loss that the stock preset reaches",
-        target_loss=target, stock_seconds=round(seconds, 1), our_seconds=round(reached[1], 1) if reached else None,
-        ratio=round(seconds / reached[1], 2) if reached else None,
-        stock=dict(recipe=(args.stock / "recipe.yaml").read_text(), scores=scores(args.stock), seconds=a["seconds"], curve=stock),
+        question="processor seconds until the held-out loss that the first run reaches",
+        target_loss=target, first_seconds=seconds, first_step=step, first_status=a["status"], our_seconds=reached and reached[1], our_step=reached and reached[2],
+        ratio=reached and round(seconds / reached[1], 2),
+        first=dict(recipe=(args.stock / "recipe.yaml").read_text(), scores=scores(args.stock), seconds=a.get("seconds"), curve=stock),
         ours=dict(recipe=(args.ours / "recipe.yaml").read_text(), scores=scores(args.ours), seconds=b["seconds"], curve=ours),
         machine=b["machine"], versions=b["versions"], commit=b["commit"], date=b["started"],
     )
-    print(json.dumps({k: v for k, v in result.items() if k not in ("stock", "ours")}, indent=1))
+    print(json.dumps({k: v for k, v in result.items() if k not in ("first", "ours")}, indent=1))
     if args.out: write_json(args.out, result)
 
 
