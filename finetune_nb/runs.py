@@ -107,11 +107,10 @@ def finish(
 def alive(
     pid,  # a process id on this machine
 ):
-    "Is there such a process"
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except PermissionError: return True
-    return True
+    "Is there such a process, and has it not ended (a zombie keeps its number until somebody asks)"
+    import psutil
+    try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess: return False
 
 
 def status(
