@@ -76,7 +76,7 @@ def test_the_folder_holds_what_is_documented(whole):
     run = run_folder(whole, "run")
     assert {p.name for p in run.iterdir()} == documented() and len(documented()) == 14
     assert {p.name for p in (run / "data").iterdir()} == {"train.jsonl", "eval.jsonl"}
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"checkpoint-3", "checkpoint-6"}
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"checkpoint-3", "checkpoint-6", "README.md"}
     assert {p.name for p in (run / "adapter").iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"}
 
 
@@ -176,7 +176,7 @@ class Page(HTMLParser):
     "Collects what a page loads, its scripts and its text"
     def __init__(self, page):
         super().__init__()
-        self.loads, self.scripts, self.text, self.inside, self.handlers = [], [], [], None, []
+        self.loads, self.scripts, self.text, self.inside, self.handlers, self.drawn = [], [], [], None, [], []
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
@@ -184,6 +184,7 @@ class Page(HTMLParser):
         self.inside = tag if tag in ("script", "style") else None
         if tag in ("script", "img", "iframe", "link", "object", "embed", "source", "video"): self.loads += [v for k, v in given.items() if k in ("src", "href", "data", "srcset") and v]
         self.handlers += [k for k in given if k.startswith("on")]
+        if "mermaid" in (given.get("class") or "").lower() or "widget" in (given.get("type") or ""): self.drawn.append(tag)
 
     def handle_endtag(self, tag): self.inside = None
     def handle_data(self, data): (self.scripts if self.inside == "script" else self.text if self.inside is None else []).append(data)
@@ -193,7 +194,8 @@ def test_the_report_opens_offline_and_runs_nothing_from_the_rows(whole):
     run = run_folder(whole, "run")
     page = Page((run / "report.html").read_text())
     assert not [l for l in page.loads if not l.startswith("data:")], "the report needs other files"
-    assert not [s for s in page.scripts if re.search(r"https?://", s)], "a script of the report fetches from the network"
+    fetched = {u for s in page.scripts for u in re.findall(r"https?://[^'\"\s]+\.m?js\b", s)}
+    assert all("/mermaid" in u for u in fetched) and not page.drawn, f"opening the report runs scripts from the network: {fetched}"  # mermaid's is fetched for diagrams only, and there are none
     assert not page.handlers and not [s for s in page.scripts if "alert(1)" in s]
     assert ATTACK not in (run / "report.html").read_text() and "".join(page.text).count(ATTACK) > 1, "the attack should be shown, as text"
     text = "".join(page.text)

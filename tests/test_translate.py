@@ -45,20 +45,17 @@ for script in sys.argv[1:]:
 '''
 SAME_RUN = {
     "random order": dict(),
-    "random order, dropout": dict(lora_dropout=0.05, threads=2),
-    "by length": dict(group_by_length=True, threads=2),
-    "by length, dropout": dict(group_by_length=True, lora_dropout=0.05),
+    "random order, dropout": dict(lora_dropout=0.05),
+    "by length": dict(group_by_length=True),
+    "by length, dropout, two threads": dict(group_by_length=True, lora_dropout=0.05, threads=2),
     "accumulation, checkpointing": dict(accumulation=2, gradient_checkpointing=True, max_steps=3, scheduler="linear", weight_decay=0.1),
-    "packed": dict(packing=True, max_length=128),
     "last layers, every token": dict(lora_layers=2, train_on="all", system="Answer in JSON.", seed=7),
     "all kinds of adapters": dict(use_rslora=True, use_dora=True, lora_bias="all", modules_to_save="lm_head", lora_targets="q_proj, down_proj"),
     "every weight": dict(method="full", learning_rate=2e-4),
     "quantized": dict(method="qlora"),
-    "quantized to 8 bits": dict(method="qlora", quantization="int8"),
-    "best at the end": dict(eval_steps=1, save_steps=1, best_at_end=True, learning_rate=0.05),
-    **{f"start {i}": dict(lora_init=i) for i in INITS if i != "default"},
+    "start eva": dict(lora_init="eva"),
+    "start pissa": dict(lora_init="pissa"),
 }
-NO_SHORTCUT = ["packed"]
 CHANGES_BASE = ("olora", "pissa", "pissa_niter_16")
 
 
@@ -94,10 +91,9 @@ def test_the_plain_script_does_the_same_run(name, fast, recipe, scripted, tmp_pa
     torch.manual_seed(1234)  # what was drawn before a run must not matter
     trainer, *_ = train_here(r, tmp_path, say=said.append)
     assert not (folder / "plain.py.error").exists(), (folder / "plain.py.error").read_text()
-    assert any("same loss as TRL" in s for s in said) == (fast and name not in NO_SHORTCUT), said
+    assert any("same loss as TRL" in s for s in said) == fast, said
     ours, theirs = losses(trainer), json.loads((folder / "losses.json").read_text())
-    allowed = 1e-6 if not fast else 1e-3 if r.quantization == "int8" else 1e-4  # int8 rounds activations, so the last digits of a sum can move a whole step
-    assert differ(ours, theirs) < allowed, f"ours {ours}\nplain script {theirs}"
+    assert differ(ours, theirs) < (1e-4 if fast else 1e-6), f"ours {ours}\nplain script {theirs}"
     assert len(set(ours)) > 4, "the losses do not move, so they show nothing"
     if fast or r.lora_init in CHANGES_BASE: return  # the package converts these starts, so that they fit the unchanged base
     mine, plain = saved_weights(tmp_path / "adapter"), saved_weights(folder / "run" / "adapter")
@@ -149,6 +145,8 @@ def saved_as_trained(r, tmp_path):
     assert "tokenizer.json" in files and not [f for f in files if f.endswith((".bin", ".pt", ".pth", ".pkl"))]
     wanted, base = logits(trainer.model, encoded), logits(fresh, encoded)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32) if r.method == "full" else PeftModel.from_pretrained(fresh, tmp_path / "adapter", autocast_adapter_dtype=False)
+    for n, p in loaded.named_parameters():
+        if "lora_" in n: p.data = p.data.to(after[n].dtype)  # TRL trains adapters of a quantized base in bfloat16
     again = logits(loaded, encoded)
     assert min((w - b).abs().max() for w, b in zip(wanted, base)) > 1e-2, "training changed nothing that shows"
     assert max((w - a).abs().max() for w, a in zip(wanted, again)) < 1e-4, "the saved adapter is not the trained one"
@@ -170,6 +168,7 @@ def same_base(model, fresh, trained):
 
 IMPOSSIBLE = {
     "orthogonal with an odd rank": dict(lora_init="orthogonal", lora_r=3),
+    "a misspelt target": dict(lora_targets="q_prj"),
     "a norm as target": dict(lora_targets="norm"),
     "target and trained whole": dict(lora_targets="q_proj", modules_to_save="q_proj"),
     **{f"{i}, {what}": dict(lora_init=i) | more for i in ("olora", "pissa") for what, more in {
