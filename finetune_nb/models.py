@@ -127,8 +127,11 @@ def load_model(
     from transformers import AutoModelForCausalLM
     device = {"": torch.cuda.current_device()} if quantization is not None and torch.cuda.is_available() else None
     with _explained(model):
-        return AutoModelForCausalLM.from_pretrained(local(model), dtype=getattr(torch, dtype), attn_implementation=attention, quantization_config=quantization,
+        loaded = AutoModelForCausalLM.from_pretrained(local(model), dtype=getattr(torch, dtype), attn_implementation=attention, quantization_config=quantization,
             revision=revision or None, trust_remote_code=trust_remote_code, use_safetensors=True, device_map=device)
+    for layer in loaded.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
+    return loaded
 
 # %% ../nbs/03_models.ipynb #66eed085
 class _explained:

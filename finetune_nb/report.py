@@ -61,13 +61,13 @@ def build(
     from traitlets.config import Config
     folder = Path(folder)
     if not (folder / "notebook.ipynb").is_file(): raise UserError(Problem(str(folder), "holds no notebook.ipynb", "Give the folder of a run that was executed"))
-    config = Config({"HTMLExporter": dict(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url="", require_js_url="", jquery_url="", widget_renderer_url="", embed_images=True)})
+    config = Config({"HTMLExporter": dict(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True)})
     notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if o.output_type != "stream"]
         else: cell.source = re.sub(r"^- \w+: \w+$", "", cell.source, flags=re.M)  # settings of the site, under the title
     page, _ = HTMLExporter(config=config).from_notebook_node(notebook, resources={"metadata": {"name": folder.name}})
-    return write_atomic(folder / "report.html", page)
+    return write_atomic(folder / "report.html", re.sub(r"<script\b.*?</script>", "", page, flags=re.S | re.I))
 
 # %% ../nbs/14a_report.ipynb #0a6f2bdd
 def text(

@@ -6,8 +6,8 @@
 __all__ = ['OWN', 'injected', 'from_notebook', 'new_folder', 'commit', 'now', 'note', 'begin', 'finish', 'alive', 'status',
            'pipeline', 'execute', 'RunFailed', 'run', 'runs', 'differences', 'compare', 'rerun']
 
-# %% ../nbs/14_runs.ipynb #a381540b
-import ast, os, platform, re, socket, subprocess, sys, time
+# %% ../nbs/14_runs.ipynb #3039705b
+import ast, os, platform, re, socket, subprocess, sys, tempfile, time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -149,17 +149,15 @@ def execute(
 ):
     "Execute the pipeline in its folder with papermill; the executed notebook is kept whatever happens"
     import papermill, warnings
-    from jupyter_core.paths import jupyter_runtime_dir
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
-    private = os.name == "posix" and len(jupyter_runtime_dir()) < 50  # a socket's path may have 107 characters
     folder = Path(folder).resolve()
-    with open(folder / "log.txt", "a") as log, warnings.catch_warnings():
+    with open(folder / "log.txt", "a") as log, warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="nb-") as sockets:
         warnings.simplefilter("ignore")
         out = _Passing(say, log)
         try:
             papermill.execute_notebook(str(pipeline(name)), str(folder / "notebook.ipynb"), dict(recipe=str(folder / "recipe.yaml"), run=str(folder)), kernel_name="python3",
-                progress_bar=False, cwd=str(Path.cwd()), config=Config({"KernelManager": {"transport": "ipc"}} if private else {}), stdout_file=out, stderr_file=log, autosave_cell_every=30, coalesce_streams=True)
+                progress_bar=False, cwd=str(Path.cwd()), config=Config({"KernelManager": dict(transport="ipc", ip=f"{sockets}/k")} if os.name == "posix" and len(sockets) < 90 else {}), stdout_file=out, stderr_file=log, autosave_cell_every=30, coalesce_streams=True)
         except KeyboardInterrupt:
             note(folder, status="stopped", ended=now(), error="interrupted by the person")
             raise

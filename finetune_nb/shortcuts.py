@@ -31,10 +31,12 @@ def first_trained(
     inside = [int(n.split(f"{name}.", 1)[1].split(".", 1)[0]) for n in trained if f"{name}." in n]
     config = model.config.get_text_config()
     if len(inside) < len(trained) or not inside or len(set(getattr(config, "layer_types", None) or [0])) > 1: return 0
-    return 0 if _dropout(layers[: min(inside)]) or getattr(config, "attention_dropout", 0) else min(inside)
+    return 0 if _drops(model) else min(inside)
 
 
-def _dropout(modules): return any(isinstance(m, torch.nn.Dropout) and m.p for part in modules for m in part.modules())
+def _drops(model):
+    config = model.config.get_text_config().to_dict()
+    return any("drop" in k and isinstance(v, float) and v for k, v in config.items()) or any(isinstance(m, torch.nn.Dropout) and m.p and "lora_" not in n for n, m in model.named_modules())
 
 # %% ../nbs/08_shortcuts.ipynb #a2f85d46
 @dataclass
@@ -208,14 +210,17 @@ def common_start(
     for r in rows: limit = min(limit, next((i for i, (a, b) in enumerate(zip(first, r["input_ids"])) if a != b), limit))
     return max(limit, 0)
 
-# %% ../nbs/08_shortcuts.ipynb #4b347e1d
+# %% ../nbs/08_shortcuts.ipynb #45b5e38f
+def _bends(model): return any("logit" in k and isinstance(v, (int, float)) and v not in (0, 1) for k, v in model.config.get_text_config().to_dict().items())
+
+
 def check_shortcuts(
     trainer,  # a Trainer with numbered rows, before training
     say=print,  # told what is used and why
 ):
     "Switch on each shortcut that gives TRL's own loss on a few rows"
     why_not = ("sequences are packed" if trainer.padding_free or trainer.args.packing else "several processes train together" if trainer.accelerator.num_processes > 1
-               else "an auxiliary loss is in use" if trainer.aux_loss_enabled else "")
+               else "an auxiliary loss is in use" if trainer.aux_loss_enabled else "the model caps or scales its logits" if _bends(trainer.model) else "")
     if why_not: return say(f"shortcuts: none, because {why_not}; this is stock TRL")
     training, rows = trainer.model.training, sorted(trainer.train_dataset, key=lambda r: len(r["input_ids"]))
     few = [rows[0], rows[len(rows) // 2], rows[-1]]
@@ -235,7 +240,8 @@ def check_shortcuts(
 # %% ../nbs/08_shortcuts.ipynb #739a22a3
 def _try_end_to_end(trainer, batch, expected, say):
     config, data = trainer.model.config.get_text_config(), [r for d in (trainer.train_dataset, trainer.eval_dataset) if d is not None for r in d]
-    if _dropout([trainer.model]) or getattr(config, "attention_dropout", 0) or config._attn_implementation != "sdpa" or not hasattr(_base(trainer.model).get_decoder(), "config"): return
+    adapters_drop = any(isinstance(m, torch.nn.Dropout) and m.p for m in trainer.model.modules())
+    if trainer.args.gradient_checkpointing or adapters_drop or _drops(trainer.model) or config._attn_implementation != "sdpa" or not hasattr(_base(trainer.model).get_decoder(), "config"): return
     trainer.shared = common_start(data)
     why_not = disagreement(trainer, batch, expected)
     if not why_not: return say(f"shortcut: no padding, and the {trainer.shared} tokens that all rows begin with are computed once a batch")

@@ -114,7 +114,7 @@ WAYS = {
     "last two layers": dict(lora_layers=2),
     "two kinds of layers": dict(lora_targets="q_proj,up_proj"),
     "nf4": dict(method="qlora"), "fp4, simple scales": dict(method="qlora", quantization="fp4", double_quantization=False), "int8": dict(method="qlora", quantization="int8"),
-    "nf4, orthogonal": dict(method="qlora", lora_init="orthogonal"), "nf4, dora": dict(method="qlora", use_dora=True),
+    "nf4, gaussian": dict(method="qlora", lora_init="gaussian"), "nf4, dora": dict(method="qlora", use_dora=True),
     "every weight": dict(method="full"),
     **{f"start {i}, {what}": dict(lora_init=i) | more for i in ("olora", "pissa") for what, more in {"rslora": dict(use_rslora=True), "last layers": dict(lora_layers=2)}.items()},
 }
@@ -168,6 +168,7 @@ def same_base(model, fresh, trained):
 
 IMPOSSIBLE = {
     "orthogonal with an odd rank": dict(lora_init="orthogonal", lora_r=3),
+    "orthogonal on a quantized base": dict(method="qlora", lora_init="orthogonal"),
     "a misspelt target": dict(lora_targets="q_prj"),
     "a norm as target": dict(lora_targets="norm"),
     "target and trained whole": dict(lora_targets="q_proj", modules_to_save="q_proj"),
