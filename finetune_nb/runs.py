@@ -157,7 +157,7 @@ def execute(
         out = _Passing(say, log)
         try:
             papermill.execute_notebook(str(pipeline(name)), str(folder / "notebook.ipynb"), dict(recipe=str(folder / "recipe.yaml"), run=str(folder)), kernel_name="python3",
-                progress_bar=False, cwd=str(Path.cwd()), config=Config({"KernelManager": dict(transport="ipc", ip=f"{sockets}/k")} if os.name == "posix" and len(sockets) < 90 else {}), stdout_file=out, stderr_file=log, autosave_cell_every=30, coalesce_streams=True)
+                progress_bar=False, cwd=str(Path.cwd()), config=Config({"KernelManager": dict(transport="ipc", ip=f"{sockets}/k")} if os.name == "posix" and len(sockets) < 90 else {}), extra_arguments=["--log-level=CRITICAL"], stdout_file=out, stderr_file=log, autosave_cell_every=30, coalesce_streams=True)
         except KeyboardInterrupt:
             note(folder, status="stopped", ended=now(), error="interrupted by the person")
             raise
