@@ -1,6 +1,7 @@
 "What several test files share: a tiny model, its tokenizer, rows with JSON answers, and the command line as a person starts it"
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -84,8 +85,8 @@ def one_thread(frozen):
 
 
 def start(*arguments, cwd, **environment):
-    "Start a command in a session of its own, as a terminal does"
-    return subprocess.Popen(list(map(str, arguments)), cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    "Start a command in a session of its own, with Ctrl-C switched on, as a terminal does (a script's background jobs have it off and pass that on)"
+    return subprocess.Popen(list(map(str, arguments)), cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def ended(process, timeout=180):
