@@ -8,7 +8,7 @@ __all__ = ['Problem', 'UserError', 'stop_on_errors', 'nearest', 'require', 'writ
 
 # %% ../nbs/00_core.ipynb #283b5307
 import hashlib, html, importlib, json, os, re, sys, tempfile, time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 

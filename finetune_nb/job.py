@@ -16,7 +16,7 @@ from .data import Data, fingerprint, overlap, read, split
 from .evaluate import evaluate
 from .hardware import choose, dtype_problems, machine, memory
 from .mask import encode_all
-from .models import blocks, find, load_model, load_tokenizer
+from .models import blocks, find, load_model
 from .recipe import problems
 from .sources import open_source
 from .translate import construct, load_dtype, quantization_kwargs, target_problems

@@ -6,15 +6,15 @@
 __all__ = ['INITS', 'SCHEDULERS', 'DTYPES', 'OPTIMIZERS', 'FIELDS', 'LAPTOP', 'PRESETS', 'CHANGES_BASE', 'Recipe', 'fields',
            'make', 'names', 'problems', 'to_yaml', 'load', 'from_values', 'parameters_cell']
 
-# %% ../nbs/05_recipe.ipynb #51d5d353
-import math, re
+# %% ../nbs/05_recipe.ipynb #758cb467
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .core import Problem, UserError, nearest, stop_on_errors, write_atomic
+from .core import Problem, UserError, nearest
 from .facts import table
 
 # %% ../nbs/05_recipe.ipynb #122d9d1c

@@ -6,8 +6,8 @@
 __all__ = ['OWN', 'injected', 'from_notebook', 'new_folder', 'commit', 'now', 'note', 'begin', 'finish', 'alive', 'status',
            'pipeline', 'execute', 'RunFailed', 'run', 'runs', 'differences', 'compare', 'rerun']
 
-# %% ../nbs/14_runs.ipynb #3039705b
-import ast, os, platform, re, socket, subprocess, sys, tempfile, time
+# %% ../nbs/14_runs.ipynb #9ff2c94a
+import ast, os, platform, re, socket, subprocess, tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from datasets import Dataset
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -222,7 +221,8 @@ def check_shortcuts(
     why_not = ("sequences are packed" if trainer.padding_free or trainer.args.packing else "several processes train together" if trainer.accelerator.num_processes > 1
                else "an auxiliary loss is in use" if trainer.aux_loss_enabled else "the model caps or scales its logits" if _bends(trainer.model) else "")
     if why_not: return say(f"shortcuts: none, because {why_not}; this is stock TRL")
-    training, rows = trainer.model.training, sorted(trainer.train_dataset, key=lambda r: len(r["input_ids"]))
+    data = [r for d in (trainer.train_dataset, trainer.eval_dataset) if d is not None for r in d]
+    training, rows = trainer.model.training, sorted(data[: len(trainer.train_dataset)], key=lambda r: len(r["input_ids"]))
     few = [rows[0], rows[len(rows) // 2], rows[-1]]
     trainer.model.eval()
     with torch.no_grad():
@@ -232,14 +232,14 @@ def check_shortcuts(
         why_not = disagreement(trainer, batch, expected)
         trainer.fast = not why_not
         say(f"shortcuts: none, because {why_not}; this is stock TRL" if why_not else "shortcut: the head computes answer tokens only (same loss as TRL on 3 rows)")
-        if trainer.fast: _try_end_to_end(trainer, batch, expected, say)
-        if trainer.fast and not trainer.args.gradient_checkpointing: _try_stored(trainer, few, batch, expected, say)
+        if trainer.fast: _try_end_to_end(trainer, data, batch, expected, say)
+        if trainer.fast and not trainer.args.gradient_checkpointing: _try_stored(trainer, data, few, batch, expected, say)
     trainer.model.train(training)
     trainer._metrics["eval"].clear()
 
-# %% ../nbs/08_shortcuts.ipynb #739a22a3
-def _try_end_to_end(trainer, batch, expected, say):
-    config, data = trainer.model.config.get_text_config(), [r for d in (trainer.train_dataset, trainer.eval_dataset) if d is not None for r in d]
+# %% ../nbs/08_shortcuts.ipynb #f25917a6
+def _try_end_to_end(trainer, data, batch, expected, say):
+    config = trainer.model.config.get_text_config()
     adapters_drop = any(isinstance(m, torch.nn.Dropout) and m.p for m in trainer.model.modules())
     if trainer.args.gradient_checkpointing or adapters_drop or _drops(trainer.model) or config._attn_implementation != "sdpa" or not hasattr(_base(trainer.model).get_decoder(), "config"): return
     trainer.shared = common_start(data)
@@ -248,11 +248,10 @@ def _try_end_to_end(trainer, batch, expected, say):
     trainer.shared = None
     say(f"rows are padded: laying them end to end was tried and {why_not}")
 
-# %% ../nbs/08_shortcuts.ipynb #8d377a11
-def _try_stored(trainer, few, batch, expected, say):
+# %% ../nbs/08_shortcuts.ipynb #d44cc630
+def _try_stored(trainer, data, few, batch, expected, say):
     trainer.start = first_trained(trainer.model)
     if not trainer.start or not hasattr(_base(trainer.model).get_decoder(), "layers"): return
-    data = [r for d in (trainer.train_dataset, trainer.eval_dataset) if d is not None for r in d]
     need = sum(len(r["input_ids"]) for r in data) * trainer.model.config.get_text_config().hidden_size * next(trainer.model.parameters()).element_size()
     if need > memory() / 4: return say(f"frozen layers are computed at every step: storing them once would take {human_bytes(need)}")
     trainer.stored = store(trainer, few)

@@ -306,7 +306,7 @@ def export(text, *rest): return code("\n".join(["#| export", *rest, text]))
 
 GOOD = [room(export("import os, sys"), export('def f():\n    "Do it"\n    return os.name'), code("f()"), code("%matplotlib inline\nimport re")),
         room(export("from finetune_nb.one import f"), export("def g():\n    'Do it'\n    from .one import f\n    return f"), name="02_two.ipynb"),
-        notebook(code("import os\nn = 1", tags=["parameters"]), prose("See https://example.org/home/page and ~/work/x"), name="pipelines/run.ipynb")]
+        notebook(code("import os\nn = 1", tags=["parameters"]), prose("See https://example.org/home/page and ~/home/x"), name="pipelines/run.ipynb")]
 PAGES = [b["name"] for b in GOOD]
 ERROR = {"output_type": "error", "ename": "E", "evalue": "", "traceback": []}
 one_module, listed = partial(one_notebook_one_module, modules={"one", "two"}), partial(pages_listed, pages=PAGES)
