@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['configuration', 'skeleton', 'weights', 'of', 'read', 'shapes_of']
 
-# %% ../nbs/03b_tree.ipynb #9dcd6203
+# %% ../nbs/03b_tree.ipynb #e4a8b43a
 import re
 from collections import Counter
 from pathlib import Path
 
 from .core import Problem, UserError, cache_dir, nearest, read_json, sha256_json, write_json
-from .models import _explained, find, stacks
+from .models import _explained, blocks, find, stacks
 from .shapes import Shapes, Weight, from_json, to_json
 
 # %% ../nbs/03b_tree.ipynb #deb4721f
@@ -58,12 +58,12 @@ def skeleton(
     except Exception as e:
         raise UserError(Problem(name, f"has a configuration that transformers cannot build: {type(e).__name__}: {' '.join(str(e).split())[:300]}", "Compare it with the config.json the model's authors published")) from None
 
-# %% ../nbs/03b_tree.ipynb #6ba70601
+# %% ../nbs/03b_tree.ipynb #c7123108
 _CLASSES = [("router", r"Router|Indexer|SharedExpertGate"), ("expert", r"Experts$"), ("mlp", r"(?i:mlp)|FeedForward|FFN|DenseAct|Adapter|Intermediate$|(?<!Self)Output$|LlamaMlp|GatedMlp"),
             ("state-space", r"Mamba|Mixer$|Delta|Rglru|RecurrentBlock|Short\w*Conv|Rwkv|LSTM|LightningAttention|(?<!Kimi)LinearAttention$|ForgetGate"),
             ("attention", r"(?i:attention|attn)|SelfOutput$|MLA$|Compressor")]
 _NAMES = [("router", r"(^|\.)(router|gate|shared_expert_gate|moe_statics|indexer)\.|e_score_correction|modality_router"), ("mlp", r"shared_experts?\.")]
-_BARE = [("mlp", r"^(fc\d|fc_in|fc_out|lin\d)\.")]
+_BARE = [("mlp", r"^(fc\d|fc_in|fc_out|lin\d|ffn)\.")]
 
 
 def _kind_inside(path, classes, dims):
@@ -113,12 +113,13 @@ def weights(
         found[shown, shape, kind, linear] += 1
     return tuple(Weight(name, shape, kind, count, linear) for (name, shape, kind, linear), count in found.items())
 
-# %% ../nbs/03b_tree.ipynb #18d55e8f
+# %% ../nbs/03b_tree.ipynb #b3388883
 def _first(config, *names):
     for n in names:
-        v = getattr(config, n, None)
-        if isinstance(v, (list, tuple)): v = max((x for x in v if isinstance(x, int)), default=None)
-        if isinstance(v, int) and not isinstance(v, bool): return v
+        try: values = [getattr(config, n, None)]
+        except RuntimeError: values = [getattr(layer, n, None) for layer in config.per_layer_config]  # transformers refuses what differs from block to block
+        values = [x for v in values for x in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(x, int) and not isinstance(x, bool)]
+        if values: return max(values)
     return 0
 
 
@@ -134,22 +135,22 @@ def _heads(c, hidden):
     kv = heads if latent else 1 if one else _first(c, "num_key_value_heads", "num_kv_heads", "n_head_kv") or heads
     return heads, kv, latent or _first(c, "head_dim") or (hidden // heads if heads else 0)
 
-# %% ../nbs/03b_tree.ipynb #38db6641
+# %% ../nbs/03b_tree.ipynb #d180707b
 def of(
     model,  # a transformers model: loaded, quantized or on the meta device
     name="",  # how the person named it
     revision="",  # commit of its configuration, where known
 ):
     "The shapes of a model"
-    from finetune_nb.models import blocks
     found, c = weights(model), model.config.get_text_config()
-    hidden = _first(c, "hidden_size", "n_embd", "d_model", "dim")
+    path, stack = blocks(model)
+    hidden = _first(c, "hidden_size", "n_embd", "d_model", "dim") or Counter(w.shape[0] for w in found if w.kind == "norm" and w.name.startswith(path)).most_common(1)[0][0]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     heads, kv_heads, head_dim = _heads(c, hidden)
     fused = [w for w in found if w.kind == "expert" and len(w.shape) == 3]
-    embedding = next((w.shape[0] for w in found if w.kind == "embedding"), 0)
-    return Shapes(name or c.model_type, model.config.model_type, found, hidden, len(blocks(model)[1]), heads, kv_heads, head_dim, _down(found, "mlp", hidden), _first(c, "vocab_size") or embedding,
-        tied=not any(w.kind == "head" and w.linear and hidden in w.shape for w in found), experts=max((w.shape[0] for w in fused), default=0), experts_used=_first(c, "num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts", "moe_topk", "moe_num_active_experts", "num_selected_experts", "top_k") if fused else 0,
-        expert_width=_down(found, "expert", hidden), max_length=_first(c, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "context_length"), revision=revision or getattr(model.config, "_commit_hash", None) or "")
+    return Shapes(name or c.model_type, model.config.model_type, found, hidden, len(stack), heads, kv_heads, head_dim, _down(found, "mlp", hidden), _first(c, "vocab_size"),
+        tied=head is not None and getattr(head, "weight", head) is getattr(embedding, "weight", embedding), experts=max((w.shape[0] for w in fused), default=0), experts_used=_first(c, "num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts", "moe_topk", "moe_num_active_experts", "num_selected_experts", "top_k") if fused else 0,
+        expert_width=_down(found, "expert", hidden), max_length=max(0, _first(c, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "context_length")), revision=revision or getattr(model.config, "_commit_hash", None) or "")
 
 
 def read(
