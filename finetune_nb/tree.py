@@ -58,12 +58,12 @@ def skeleton(
     except Exception as e:
         raise UserError(Problem(name, f"has a configuration that transformers cannot build: {type(e).__name__}: {' '.join(str(e).split())[:300]}", "Compare it with the config.json the model's authors published")) from None
 
-# %% ../nbs/03b_tree.ipynb #c7123108
+# %% ../nbs/03b_tree.ipynb #03efa92e
 _CLASSES = [("router", r"Router|Indexer|SharedExpertGate"), ("expert", r"Experts$"), ("mlp", r"(?i:mlp)|FeedForward|FFN|DenseAct|Adapter|Intermediate$|(?<!Self)Output$|LlamaMlp|GatedMlp"),
             ("state-space", r"Mamba|Mixer$|Delta|Rglru|RecurrentBlock|Short\w*Conv|Rwkv|LSTM|LightningAttention|(?<!Kimi)LinearAttention$|ForgetGate"),
             ("attention", r"(?i:attention|attn)|SelfOutput$|MLA$|Compressor")]
 _NAMES = [("router", r"(^|\.)(router|gate|shared_expert_gate|moe_statics|indexer)\.|e_score_correction|modality_router"), ("mlp", r"shared_experts?\.")]
-_BARE = [("mlp", r"^(fc\d|fc_in|fc_out|lin\d|ffn)\.")]
+_BARE = [("mlp", r"^(fc\d|fc_in|fc_out|lin\d|ffn)\."), ("attention", r"^linear\.")]
 
 
 def _kind_inside(path, classes, dims):
@@ -85,7 +85,7 @@ def _head_names(model, names):
     inner = [n.partition(".")[0] for n in stacks(model)]
     return [n if n.partition(".")[0] in inner else n.partition(".")[0] for n in found]
 
-# %% ../nbs/03b_tree.ipynb #4a9d3b9a
+# %% ../nbs/03b_tree.ipynb #b03310c0
 def _shape(owner, name, p):
     if name == "weight" and hasattr(owner, "out_features") and p.dim() == 2 and type(owner).__name__ != "Conv1D": return owner.out_features, owner.in_features
     return tuple(p.shape)
@@ -102,14 +102,14 @@ def weights(
     for name, p in model.named_parameters():
         module, _, param = name.rpartition(".")
         owner, stack = names[module], next((s for s in lists if name.startswith(f"{s}.")), None)
-        linear = param == "weight" and (isinstance(owner, torch.nn.Linear) or type(owner).__name__ in ("Conv1D", "Linear4bit", "Linear8bitLt"))
+        linear = param == "weight" and "Grouped" not in type(owner).__name__ and (isinstance(owner, torch.nn.Linear) or type(owner).__name__ in ("Conv1D", "Linear4bit", "Linear8bitLt"))
         shape = _shape(owner, param, p)
         if stack is None: shown, kind = re.sub(r"\.\d+(?=\.)", ".#", name), _kind_outside(name, owner, p.dim(), heads)
         else:
             number, _, path = name[len(stack) + 1:].partition(".")
             steps = [f"{stack}.{number}", *path.split(".")[:-1]]
             classes = [type(names[".".join(steps[:i])]).__name__ for i in range(1, len(steps) + 1)]
-            shown, kind = f"{stack}.{number if uses[id(p)] > 1 else '*'}.{path}", _kind_inside(path, classes, len(shape))
+            shown, kind = f"{stack}.{number if uses[id(p)] > 1 or 'CrossAttention' in classes[0] and len(lists) == 1 else '*'}.{path}", _kind_inside(path, classes, len(shape))
         found[shown, shape, kind, linear] += 1
     return tuple(Weight(name, shape, kind, count, linear) for (name, shape, kind, linear), count in found.items())
 
