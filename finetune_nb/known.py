@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['KNOWN', 'Known', 'row', 'known', 'names', 'models']
 
-# %% ../nbs/01b_known.ipynb #463a3de4
+# %% ../nbs/01b_known.ipynb #f5642308
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 
 from .core import Problem, UserError, nearest
 from .facts import Table
-from .shapes import Shapes, from_json
+from .shapes import from_json
 
 # %% ../nbs/01b_known.ipynb #c0dce120
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Known:
     beside: int = 0  # part of `published` that is no parameter of the model's class
     note: str = ""  # what `beside` is, or what the count leaves out
 
-# %% ../nbs/01b_known.ipynb #9f8c3b96
+# %% ../nbs/01b_known.ipynb #d7a3ad20
 _FROM = {
     "litgpt": "litgpt's config.py (26857050)", "hub copy": "the hub's config.json, copied in aiconfigurator-core 0.12.0", "mlc": "mlc-llm's model_preset.py (79d603f0)",
-    "maxtext": "maxtext's hf_model_configs.py (e591f30c)", "llmfit": "the hub's config.json, as recorded in llmfit's hf_models.json (a3e0eb27)", "quoted": "the hub's config.json, quoted in public repositories", "class": "defaults of transformers' config class", "analysis": "llm-analysis' model_configs (d841e40)", "memory": "from memory",
-    "hub": "the hub's safetensors total, as recorded in llmfit's hf_models.json (a3e0eb27)", "hub quoted": "the hub's safetensors total, quoted in public repositories",
+    "maxtext": "maxtext's hf_model_configs.py (e591f30c)", "llmfit": "the hub's config.json, as recorded in llmfit's hf_models.json (history up to a3e0eb27)", "quoted": "the hub's config.json, quoted in public repositories", "class": "defaults of transformers' config class", "analysis": "llm-analysis' model_configs (d841e40)", "memory": "from memory",
+    "hub": "the hub's safetensors total, as recorded in llmfit's hf_models.json (history up to a3e0eb27)", "hub quoted": "the hub's safetensors total, quoted in public repositories",
     "gguf": "what llama.cpp counts in its GGUF, in public logs", "logs": "what transformers counts, in public logs", "card": "model card", "none": "no exact count found"}
 KNOWN = {}  # short name -> Known
 
