@@ -158,7 +158,7 @@ _rows("phi3", _TIED, "litgpt",
 _rows("phi3", _TIED, "llmfit", ("phi-3-medium", "microsoft/Phi-3-medium-4k-instruct", (5120, 40, 40, 10, 17920, 32064, 4096, False), 13960238080, "hub"))
 _rows("phimoe", f"{_SIZES} attention_bias lm_head_bias", "class", ("phi-3.5-moe", "microsoft/Phi-3.5-MoE-instruct", (4096, 32, 32, 8, 6400, 32064, 131072, True, True), 41873153344, "hub quoted"))
 
-# %% ../nbs/01b_known.ipynb #e9323b8a
+# %% ../nbs/01b_known.ipynb #d07e1e93
 _FALCON = "hidden_size num_hidden_layers num_attention_heads num_kv_heads new_decoder_architecture multi_query bias parallel_attn"
 _rows("falcon", _FALCON, "litgpt",
     ("falcon-7b", "tiiuae/falcon-7b", (4544, 32, 71, 71, False, True, False, True), 7217189760, "hub", 65024 * 4544, "tied output layer stored a second time"),
@@ -177,7 +177,7 @@ _rows("gpt_neox", "hidden_size num_hidden_layers num_attention_heads intermediat
 _rows("gpt2", "n_embd n_layer n_head", "analysis",
     ("gpt2", "openai-community/gpt2", (768, 12, 12), 124439808, "logs"), ("gpt2-medium", "openai-community/gpt2-medium", (1024, 24, 16), 354823168, "logs"),
     ("gpt2-large", "openai-community/gpt2-large", (1280, 36, 20), 774030080, "logs"), ("gpt2-xl", "openai-community/gpt2-xl", (1600, 48, 25), 1557611200, "logs"))
-_rows("gptj", "n_embd n_layer n_head vocab_size", "analysis", ("gpt-j-6b", "EleutherAI/gpt-j-6b", (4096, 28, 16, 50400), 6050882784, "logs", 0, "the model card says 6,053,381,344: the original JAX model has 2,498,560 more"))
+_rows("gptj", "n_embd n_layer n_head vocab_size", "analysis", ("gpt-j-6b", "EleutherAI/gpt-j-6b", (4096, 28, 16, 50400), 6050882784, "logs", 0, "the model card says 6,053,381,344; where its 2,498,560 more come from was not found"))
 _rows("opt", "hidden_size num_hidden_layers num_attention_heads ffn_dim word_embed_proj_dim do_layer_norm_before", "analysis",
     ("opt-125m", "facebook/opt-125m", (768, 12, 12, 3072, 768, True), 125239296, "logs"),
     ("opt-350m", "facebook/opt-350m", (1024, 24, 16, 4096, 512, False), 331196416, "logs"),
