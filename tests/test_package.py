@@ -39,7 +39,8 @@ def wheel(built):
 
 
 def test_every_module_is_in_the_wheel(wheel):
-    modules = {f"finetune_nb/{p.name}" for p in (ROOT / "finetune_nb").glob("*.py")}
+    modules = {f"finetune_nb/{p.name}" for kind in ("*.py", "*.json") for p in (ROOT / "finetune_nb").glob(kind)}
+    assert "finetune_nb/shapes.json" in modules
     assert modules and modules <= wheel.keys(), f"missing: {modules - wheel.keys()}"
 
 
