@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['halve', 'rehearse']
 
-# %% ../nbs/08c_rehearse.ipynb #95a39e73
+# %% ../nbs/08c_rehearse.ipynb #3635bba5
 import time
 from dataclasses import replace
 
+from .cards import from_machine
 from .core import Problem, UserError, human_bytes
 from .hardware import disk_problems, memory
 from .past import Rehearsal, remember
@@ -40,17 +41,23 @@ def _make_room(trainer, found, length, advice, say):
     _set_batch(trainer, *halve(batch, accumulation))
     say(f"out of memory: {batch} rows at once x {accumulation} becomes {args.per_device_train_batch_size} x {args.gradient_accumulation_steps}; a step still sees {batch * accumulation} rows")
 
-# %% ../nbs/08c_rehearse.ipynb #074818c5
+# %% ../nbs/08c_rehearse.ipynb #06f3335b
 def _predicted(shapes, setup, card, batch, length, padded):
-    if shapes is None or setup is None: return {}
+    if setup is None: return {}
     from finetune_nb.memory import plan
     p = plan(shapes, replace(setup, batch=batch, length=length, padded=padded), card)
     names = ("ram",) if setup.device == "cpu" else ("allocated", "reserved", "process")
     return {n: (getattr(p, n).low, getattr(p, n).expected, getattr(p, n).high) for n in names}
 
 
+def _setup(recipe, machine, shapes):
+    if shapes is None or machine is None: return None
+    from finetune_nb.memory import setup
+    return setup(recipe, machine, shapes)
+
+
 def _work(trainer, shapes, setup, share):
-    if shapes is None or setup is None: return sum
+    if setup is None: return sum
     again = trainer.args.device.type == "cuda" and not trainer.fast
     every = trainer.args.device.type == "cpu" and not trainer.fast
     return lambda rows: flops(shapes, setup, rows, answers=None if every else share * sum(rows), stored=trainer.start if trainer.stored else 0, head_again=again).total
@@ -74,13 +81,12 @@ def _estimate(trainer, recipe, lengths, answers, steps, found, work, price, mode
     total = plan.passes * sum(model_flops(b) for b in plan.batches) if model_flops else None
     return speed, plan, from_probe(plan, speed, work, extra, total, price)
 
-# %% ../nbs/08c_rehearse.ipynb #5cd2d436
+# %% ../nbs/08c_rehearse.ipynb #1c50d27a
 def rehearse(
     trainer,  # from `finetune_nb.train.build`, before training; its rows at once may be fewer afterwards
     recipe,  # the Recipe it was built from
-    shapes=None,  # a shapes.Shapes of the model: predictions and operations need it
-    setup=None,  # a memory.Setup of the run, from `memory.setup`
-    card=None,  # a cards.Card, None without a GPU
+    shapes=None,  # a shapes.Shapes of the base model: predictions and operations need it
+    machine=None,  # a hardware.Machine: predictions and operations need it too
     price=None,  # dollars an hour
     say=print,  # told what is done
     least=15,  # shorter runs, in steps, are not rehearsed
@@ -92,7 +98,7 @@ def rehearse(
     if lengths and schedule(recipe.model_copy(update=dict(packing=False)), lengths).steps < least: why_not = f"it has fewer than {least} steps"
     if why_not: return say(f"no rehearsal of this run: {why_not}")
     asked, start, notes = (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps), time.perf_counter(), []
-    tell = lambda text: (notes.append(text), say(text))
+    tell, setup, card = lambda text: (notes.append(text), say(text)), _setup(recipe, machine, shapes), machine and from_machine(machine)
     padded = trainer.shared is None and not trainer.padding_free
     advice = lambda: _advice(shapes, setup, card, max(lengths), padded)
     while True:
@@ -105,7 +111,7 @@ def rehearse(
         tell(f"out of memory: {trainer.args.per_device_eval_batch_size} held-out rows at once become {found.eval_batch}")
         trainer.args.per_device_eval_batch_size = found.eval_batch
     work = _work(trainer, shapes, setup, sum(answers) / sum(lengths))
-    model_flops = (lambda rows: flops(shapes, setup, rows, sum(answers) / sum(lengths) * sum(rows), trainer.start if trainer.stored else 0).model) if shapes and setup else None
+    model_flops = (lambda rows: flops(shapes, setup, rows, sum(answers) / sum(lengths) * sum(rows), trainer.start if trainer.stored else 0).model) if setup else None
     speed, plan, estimate = _estimate(trainer, recipe, lengths, answers, steps, found, work, price, model_flops)
     r = Rehearsal(trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps, asked, trainer.args.per_device_eval_batch_size, max(lengths), found.peaks, _predicted(shapes, setup, card, size, max(lengths), padded),
                   found.seconds, found.eval_seconds, found.save_seconds, found.checkpoint, time.perf_counter() - start, speed, plan, estimate, notes)
@@ -114,7 +120,7 @@ def rehearse(
     say(f"rehearsed the longest {size} rows ({max(lengths):,} tokens the longest): {', '.join(f'{k} {human_bytes(v)}' for k, v in r.peak.items())}; {estimate}")
     return r
 
-# %% ../nbs/08c_rehearse.ipynb #75ad8d5e
+# %% ../nbs/08c_rehearse.ipynb #d00d0702
 def _fits(trainer, steps, passes, found):
     fits = True
     try: trial(trainer, steps, passes, found)
@@ -133,7 +139,7 @@ def _tight(trainer, r, card):
 
 
 def _advice(shapes, setup, card, length, padded):
-    if shapes is None or setup is None or card is None: return ""
+    if setup is None or card is None: return ""
     try: from finetune_nb.fit import smallest_change
     except ImportError: return ""
     return str(smallest_change(shapes, replace(setup, batch=1, length=length, padded=padded), card))

@@ -10,6 +10,7 @@ import torch
 from conftest import losses, saved_weights
 from finetune_nb import job, train
 from finetune_nb.core import UserError
+from finetune_nb.hardware import machine
 from finetune_nb.models import load_tokenizer
 from finetune_nb.past import past_error, past_rehearsals
 from finetune_nb.recipe import make
@@ -134,8 +135,9 @@ def test_predicted_against_measured_is_kept(built, monkeypatch):
     "With a planner that always says 3 GB, the list holds its error"
     trainer, recipe, _ = built(fast_path=False)
     asked, says = [], SimpleNamespace(low=2e9, expected=3e9, high=4e9)
-    monkeypatch.setitem(sys.modules, "finetune_nb.memory", SimpleNamespace(plan=lambda shapes, setup, card=None: asked.append(setup) or SimpleNamespace(ram=says)))
-    r = rehearse(trainer, recipe, shapes_of(trainer.model.get_base_model()), Settings(), say=quiet, least=0)
+    planner = SimpleNamespace(setup=lambda recipe, machine, shapes: Settings(), plan=lambda shapes, setup, card=None: asked.append(setup) or SimpleNamespace(ram=says))
+    monkeypatch.setitem(sys.modules, "finetune_nb.memory", planner)
+    r = rehearse(trainer, recipe, shapes_of(trainer.model.get_base_model()), machine(), say=quiet, least=0)
     assert (asked[0].batch, asked[0].length, asked[0].padded) == (4, r.longest, True), "the prediction is for the step that was rehearsed"
     error = 3e9 / r.peak["ram"] - 1
     assert past_error()["ram"] == dict(count=1, middle=pytest.approx(error), worst=pytest.approx(error))
