@@ -76,7 +76,7 @@ class _Training(_How):
     optimizer: OPTIMIZERS = _S("auto", "optimizer; auto chooses for the machine", "training")
     seed: int = _S(42, "seed of everything random: adapters, order, dropout, splits", "training", ge=0, lt=2**32)
 
-# %% ../nbs/05_recipe.ipynb #fdf315ed
+# %% ../nbs/05_recipe.ipynb #cd66951a
 class Recipe(_Training):
     "What a run does: model, data, method, training, evaluation, output"
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
@@ -85,6 +85,9 @@ class Recipe(_Training):
     workers: int = _S(-1, "data loader processes; -1 chooses for the machine", "machine", ge=-1, le=256)
     threads: int = _S(0, "CPU threads; 0 takes one a usable core", "machine", ge=0, le=4096)
     fast_path: bool = _S(True, "use our exact shortcuts where they apply; off is stock TRL", "machine")
+    rehearse: bool = _S(True, "first take a few steps with the longest rows, so that too little memory shows at once; nothing of them stays", "machine")
+    parallel: Literal["none", "auto", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"] = _S("none", "what several processes divide among them; auto takes the fastest that fits", "machine")
+    processes: int = _S(0, "training processes on this machine; 0 is one, or one a GPU if parallel is not none", "machine", ge=0, le=1024)
     log_steps: int = _S(10, "log the loss every this many steps", "output", ge=1)
     eval_steps: int = _S(100, "held-out loss every this many steps; 0 only at the end", "output", ge=0)
     save_steps: int = _S(100, "checkpoint every this many steps; 0 only at the end", "output", ge=0)
