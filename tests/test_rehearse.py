@@ -44,8 +44,9 @@ def only(rows):
     return lambda trainer: trainer.model.get_base_model().model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-@pytest.mark.parametrize("change", [dict(fast_path=False), dict(lora_dropout=0.0, lora_layers=2), dict(method="full", learning_rate=1e-3), dict(accumulation=2, batch_size=2, group_by_length=True, save_steps=2, best_at_end=True)],
-                         ids=["stock", "shortcuts", "full", "accumulation, best at end"])
+@pytest.mark.parametrize("change", [dict(fast_path=False), dict(lora_dropout=0.0, lora_layers=2), dict(method="full", learning_rate=1e-3), dict(accumulation=2, batch_size=2, group_by_length=True, save_steps=2, best_at_end=True),
+                                    dict(method="qlora", max_steps=2, eval_steps=0), dict(method="qlora", quantization="int8", max_steps=2, eval_steps=0), dict(dtype="bfloat16", max_steps=2)],
+                         ids=["stock", "shortcuts", "full", "accumulation, best at end", "nf4", "int8", "bfloat16"])
 def test_same_bits_with_and_without(built, change):
     results = []
     for name in ("with", "without"):
