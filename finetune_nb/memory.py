@@ -6,7 +6,7 @@
 __all__ = ['CONTEXT', 'SEVERAL', 'FACTORS', 'LIBRARIES', 'SHARD', 'TOKENIZER', 'Q4', 'PHASES', 'Range', 'replayed', 'elsewhere',
            'MemoryPlan', 'plan']
 
-# %% ../nbs/06_memory.ipynb #dd94888d
+# %% ../nbs/06_memory.ipynb #ec928c81
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
@@ -15,7 +15,7 @@ from .block import layout
 from .core import human_bytes, markdown_table
 from .moments import moments
 from .stack import BYTES, LOSSES, OPTIMIZERS, Setup, setup, state_bytes
-from .static import base, static, step_of, trained
+from .static import base, saved, static, step_of, trained
 
 # %% ../nbs/06_memory.ipynb #1cd591ed
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Range:
 
 def _around(n, low, high): return Range(int(n * (1 + low)), int(n), int(n * (1 + high)))
 
-# %% ../nbs/06_memory.ipynb #418df209
+# %% ../nbs/06_memory.ipynb #5a0816c7
 def _error(shapes, setup):
     "(low, high) error of the allocated peak, and why it is not smaller"
+    if setup.kernels == "other": return (-0.35, 0.6), "the run is another library's code, computed as if it were Hugging Face's"
     if setup.sharding.startswith("zero"): return (-0.2, 0.3), "no published DeepSpeed run states its buckets and live parameters, so this is the ZeRO paper's arithmetic with DeepSpeed's default buckets"
     if any(w.kind == "state-space" for w in shapes.weights): return (-0.25, 0.4), "no published run of a state-space model states all settings; its CUDA kernels must be installed, without them the scan takes many times more"
     if any(w.kind == "expert" for w in shapes.weights): return (-0.06, 0.1), "tokens are taken to be spread evenly over the experts"
@@ -67,7 +68,7 @@ def _reserved(shapes, setup, allocated, exact):
     factor = FACTORS[setup.method] + (0.1 if setup.attention == "eager" else 0)
     return Range(int(allocated.low * 1.02), int(allocated.expected * factor), int(allocated.high * 1.5))
 
-# %% ../nbs/06_memory.ipynb #54d76f53
+# %% ../nbs/06_memory.ipynb #02fca101
 LIBRARIES = dict(cpu=550 * 2**20, cuda=3 * 2**30)  # bytes: measured here after importing torch, transformers, peft and trl on a CPU build; with CUDA libraries a guess
 SHARD, TOKENIZER = 50 * 10**9, 30 * 2**20  # largest file transformers 5 writes; tokenizer, random states and configuration
 Q4 = 4.89 / 8  # bytes a weight of q4_k_m, llama.cpp's README for Llama 3.1 8B
@@ -81,7 +82,7 @@ def elsewhere(
     u, s = setup, static(shapes, setup)
     count, full, half = sum(trained(shapes, setup)), u.method == "full", 2 * shapes.total
     start, largest = LIBRARIES[u.device], base(shapes, u).largest
-    own = count * BYTES[u.base_dtype if full else u.adapter_dtype]
+    own = count * BYTES[u.base_dtype if full else u.adapter_dtype] + saved(shapes, u) * BYTES[u.base_dtype]
     checkpoint = own + int(count * state_bytes(u.optimizer, BYTES[u.base_dtype if full else u.adapter_dtype])) + TOKENIZER
     loading = 2 * largest * 4 if u.quantization != "none" else shapes.total * BYTES[u.base_dtype]
     ram = dict(load=start + loading, forward=start + s.ram, backward=start + s.ram, step=start + s.ram, evaluation=start + s.ram, save=start + s.ram + min(own, SHARD), merge=start + half + 4 * largest, gguf=2**30 + 6 * largest)

@@ -45,7 +45,7 @@ LOSSES = {
     "none": Loss("no loss over a vocabulary", flat=0.001, source="for models without an output layer"),
 }
 
-# %% ../nbs/05b_stack.ipynb #ca840f60
+# %% ../nbs/05b_stack.ipynb #ab48a6d0
 @dataclass(frozen=True)
 class Optimizer:
     "What an optimizer keeps for one trained number"
@@ -53,13 +53,14 @@ class Optimizer:
     bits: int = 0  # their width; 0 is the width of the trained number
     step: float = 0.0  # numbers more while it steps, in the trained number's width
     paged: bool = False  # do the states live in managed memory, outside torch's count
+    early: bool = False  # does it step in the backward pass, weight by weight, so that gradients never exist together
 
 
 _BLOCK = 8 * 4 / 256  # bits a number: one 32-bit scale for 256 numbers (bitsandbytes)
 OPTIMIZERS = {
     "adamw_torch": Optimizer(2, step=1), "adamw_torch_fused": Optimizer(2), "adamw_8bit": Optimizer(2, 8), "paged_adamw_8bit": Optimizer(2, 8, paged=True),
     "paged_adamw_32bit": Optimizer(2, 32, paged=True), "sgd": Optimizer(0), "adafactor": Optimizer(0.002, step=2), "lion_8bit": Optimizer(1, 8), "adamw_torch_4bit": Optimizer(2, 4),
-    "adamw_torch_8bit": Optimizer(2, 8, step=0.1), "in_backward": Optimizer(2, 8, paged=True), "none": Optimizer(0),
+    "adamw_torch_8bit": Optimizer(2, 8, step=0.1), "in_backward": Optimizer(2, early=True), "in_backward_8bit": Optimizer(2, 8, paged=True, early=True), "none": Optimizer(0),
 }
 
 
@@ -71,7 +72,7 @@ def state_bytes(
     o = OPTIMIZERS[optimizer]
     return o.states * (width if not o.bits else o.bits / 8 + (_BLOCK / 8 if o.bits < 16 else 0))
 
-# %% ../nbs/05b_stack.ipynb #3f30b446
+# %% ../nbs/05b_stack.ipynb #4d45e5a4
 BYTES = dict(float32=4, bfloat16=2, float16=2)
 SHARDING = ("none", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2")
 
@@ -107,10 +108,12 @@ class Setup:
     device: str = "cuda"  # "cuda" or "cpu"
     accumulation: int = 1  # forward passes an optimizer step: from the second on, gradients are there from the start
     labelled: float = 1.0  # share of tokens that carry a label, above 0 to 1
-    kernels: str = "hf"  # "hf" modules, or "fused" norms and rotary embedding (Liger, Unsloth, fms-acceleration)
+    kernels: str = "hf"  # "hf" modules, "fused" norms and rotary embedding (Liger, Unsloth, fms-acceleration), or "other": code of another library, planned as Hugging Face's with a wide band
     quantized_experts: bool = False  # are fused expert weights quantized too; transformers 5 does not
     group: int = 128  # weights that share a scale in gptq; 0 is a whole column
     keep: int = 3  # checkpoints kept on disk
+    saved_modules: tuple = ()  # last parts of the names of modules trained whole beside the adapters (modules_to_save)
+    activation_offload: bool = False  # do the stored inputs of blocks wait in main memory
     flattened: bool = False  # are the rows of a batch laid end to end as one (TRL's packing), so that a mask covers all of them
 
     def __post_init__(self):
@@ -118,10 +121,10 @@ class Setup:
         if self.gpus > 1 and self.sharding == "none": object.__setattr__(self, "sharding", "ddp")
         if problems := list(_wrong(self)): raise UserError(problems)
 
-# %% ../nbs/05b_stack.ipynb #881e7feb
+# %% ../nbs/05b_stack.ipynb #c3907aea
 _CHOICES = dict(method=("full", "lora", "qlora"), quantization=("none", "nf4", "fp4", "int8", "gptq"), base_dtype=tuple(BYTES), adapter_dtype=tuple(BYTES), autocast=("none", *BYTES), kbit_prepared=("", "all", "norms"),
                 checkpointing=("none", "nonreentrant", "reentrant"), attention=("eager", "sdpa", "efficient", "flash"), loss=tuple(LOSSES), optimizer=tuple(OPTIMIZERS), sharding=SHARDING,
-                offload=("none", "optimizer", "all"), device=("cuda", "cpu"), kernels=("hf", "fused"))
+                offload=("none", "optimizer", "all"), device=("cuda", "cpu"), kernels=("hf", "fused", "other"))
 
 
 def _wrong(s):
@@ -134,7 +137,7 @@ def _wrong(s):
     if s.method == "full" and s.quantization != "none": yield Problem("quantization", "cannot be combined with training every weight", "Set quantization: none, or method: qlora", s.quantization)
     if s.offload != "none" and s.sharding not in ("zero1", "zero2", "zero3", "fsdp1", "fsdp2"): yield Problem("offload", "needs a sharding that offloads", "Set sharding: zero3, or fsdp2", s.offload)
 
-# %% ../nbs/05b_stack.ipynb #7c060344
+# %% ../nbs/05b_stack.ipynb #4ba06e0f
 def setup(
     recipe,  # a Recipe
     machine=None,  # a hardware.Machine; None is a GPU with bfloat16
@@ -157,5 +160,5 @@ def setup(
         batch=r.batch_size, length=r.max_length or (shapes.max_length if shapes else 0) or 2048, padded=attention != "flash" and not (fast and r.lora_dropout == 0 and not r.gradient_checkpointing),
         checkpointing="none" if not r.gradient_checkpointing else "reentrant" if zero3 and r.method != "full" else "nonreentrant",
         attention="efficient" if attention == "sdpa" and not (m.bf16 or cpu) else attention, loss="finetune_nb" if fast and not several else "trl-1.16",
-        optimizer=chosen["optimizer"], eval_batch=r.eval_batch_size, device="cpu" if cpu else "cuda", accumulation=r.accumulation, keep=r.keep_checkpoints, flattened=r.packing)
+        optimizer=chosen["optimizer"], eval_batch=r.eval_batch_size, device="cpu" if cpu else "cuda", accumulation=r.accumulation, keep=r.keep_checkpoints, flattened=r.packing, saved_modules=tuple(names(r.modules_to_save)) if r.method != "full" else ())
     return Setup(**values | changes)

@@ -21,14 +21,14 @@ class Tensor:
     ):
         self.numbers, self.width, self.refs, self.grad, self.needs, self.id = numbers, width, 1, None, needs, id
 
-# %% ../nbs/05c_tape.ipynb #47b3d561
+# %% ../nbs/05c_tape.ipynb #c4767f57
 class Tape:
     "Runs operations forward and backward and remembers the most memory that was alive at once"
     def __init__(self,
         record=True,  # keep what gradients need; False is a checkpointed block's first pass, or evaluation
         log=None,  # a list that gets (number, bytes) for every allocation and (-number, 0) for every release
     ):
-        self.record, self.log, self.now, self.peak, self.count, self.nodes, self.grads, self.at = record, log, 0, 0, 0, [], [], ""
+        self.record, self.log, self.now, self.peak, self.last, self.count, self.nodes, self.grads = record, log, 0, 0, 0, 0, [], []
 
     def new(self, numbers, width, needs=False):
         "Allocate a tensor"
@@ -61,6 +61,7 @@ class Tape:
         kept = [*keeps, out] if keeps_out else list(keeps)
         for t in kept: t.refs += 1
         self.nodes.append((out, inputs, kept + own, during, hand_on, trained, cast))
+        if kept or own: self.last = self.peak
         return out
 
     def backward(self, out, grad):
@@ -183,7 +184,7 @@ def linear(
     y = _base(t, s, x, size, out, name)
     return _adapter(t, s, x, y, size, out) if s.adapts(name) and not s.trained else y
 
-# %% ../nbs/05c_tape.ipynb #1c21f783
+# %% ../nbs/05c_tape.ipynb #20321316
 def norm(t, s, x, numbers=0, layer=False, width=0):
     "RMSNorm or LayerNorm as transformers writes it, or a fused one"
     trained = 1 if s.trained else 0
@@ -209,9 +210,9 @@ def turn(t, s, x, numbers):
     return t.op([x], numbers, x.width, before=wide, during=wide)
 
 
-def activated(t, x, numbers):
-    "act(x), or act(first half) * second half where one layer made both"
-    if x.numbers == numbers: return t.op([x], numbers, x.width, keeps=[x])
+def activated(t, x, numbers, more=0):
+    "act(x), or act(first half) * second half where one layer made both; `more` tensors are kept where it is written out in Python"
+    if x.numbers == numbers: return t.op([x], numbers, x.width, keeps=[x], extra=more * numbers * x.width)
     return t.op([x], numbers, x.width, keeps=[x], extra=numbers * x.width)
 
 # %% ../nbs/05c_tape.ipynb #0db9d6ae
