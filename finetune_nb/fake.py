@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCRATCH', 'autocast_is_on', 'like_cuda', 'build', 'to_fake']
 
-# %% ../nbs/06d_fake.ipynb #e5ffa058
+# %% ../nbs/06d_fake.ipynb #abf4faae
 import math, warnings
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -13,6 +13,8 @@ from unittest.mock import patch
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
+
+from .models import blocks
 
 # %% ../nbs/06d_fake.ipynb #5fed83df
 _softmax_of, _layer_norm_of, _autocast_of = F.softmax, F.layer_norm, torch.is_autocast_enabled
@@ -37,15 +39,15 @@ def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
     if not autocast_is_on(): return _layer_norm_of(x, shape, weight, bias, eps)
     return _layer_norm_of(x.float(), shape, *(t if t is None else t.float() for t in (weight, bias)), eps)
 
-# %% ../nbs/06d_fake.ipynb #ed5e4a6e
+# %% ../nbs/06d_fake.ipynb #068d8e49
 def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     aten = torch.ops.aten
     if autocast_is_on(): q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
     if attn_mask is None and q.dtype != torch.float32 and q.shape[-1] == v.shape[-1] <= 256:
         return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
-    if q.shape[1] != k.shape[1]: k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    if enable_gqa and q.shape[1] != k.shape[1]: return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=True)[0]
     if attn_mask is not None:
-        if attn_mask.dtype == torch.bool: attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(q.dtype)
+        if attn_mask.dtype == torch.bool: attn_mask = torch.where(attn_mask.logical_not(), -math.inf, torch.zeros((), dtype=q.dtype))
         attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
     return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
 
@@ -106,11 +108,11 @@ def like_cuda(
     no_masks = [patch.dict(masks.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, sdpa=lambda *args, **kwargs: None)] if setup.attention == "flash" else []
     return [patch.object(*t) for t in todo] + no_masks
 
-# %% ../nbs/06d_fake.ipynb #31d38f58
+# %% ../nbs/06d_fake.ipynb #02b035d2
 def _scales(weight, setup):
     if setup.quantization == "int8": return [(weight.shape[0], torch.float32)]
-    blocks = math.ceil(weight.numel() / 64)
-    return [(blocks, torch.uint8), (math.ceil(blocks / 256), torch.float32)] if setup.double_quantization else [(blocks, torch.float32)]
+    n = math.ceil(weight.numel() / 64)
+    return [(n, torch.uint8), (math.ceil(n / 256), torch.float32)] if setup.double_quantization else [(n, torch.float32)]
 
 
 def _quantize(model, setup):
@@ -128,12 +130,15 @@ def _quantize(model, setup):
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = four, not four
 
 
+def _linear(model): return {n.rpartition(".")[2] for n, m in blocks(model)[1].named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"}
+
+
 def _adapt(model, setup):
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     if setup.kbit_prepared == "all": model = prepare_model_for_kbit_training(model, setup.checkpointing != "none", {"use_reentrant": setup.checkpointing == "reentrant"})
     if setup.method == "full": return model
-    targets, experts = list(setup.target_modules), list(setup.target_parameters)
-    model = get_peft_model(model, LoraConfig(r=setup.rank, lora_dropout=setup.dropout, target_modules=targets or (None if experts else "all-linear"), target_parameters=experts or None, task_type="CAUSAL_LM"))
+    layers, experts = list(setup.target_modules or _linear(model)), list(setup.target_parameters) or None
+    model = get_peft_model(model, LoraConfig(r=setup.rank, lora_dropout=setup.dropout, target_modules=layers, target_parameters=experts, task_type="CAUSAL_LM"))
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.to(getattr(torch, setup.adapter_dtype))
     return model
