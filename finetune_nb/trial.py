@@ -83,7 +83,7 @@ def unchanged(
         _set_random_states(states)
         free()
 
-# %% ../nbs/08b_trial.ipynb #d5b7e5ec
+# %% ../nbs/08b_trial.ipynb #e00460c9
 class Peak:
     "The most memory in use since `reset`"
     def __init__(self,
@@ -97,7 +97,7 @@ class Peak:
         self.reset()
 
     def _watch(self):
-        while not self.done.wait(0.005): self.most = max(self.most, self.process.memory_info().rss)
+        while not self.done.wait(0.01): self.most = max(self.most, self.process.memory_info().rss)
 
     def reset(self):
         "Count from now"
