@@ -153,7 +153,7 @@ def _plot(plan):
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
-# %% ../nbs/06_memory.ipynb #70d43a0e
+# %% ../nbs/06_memory.ipynb #471b4448
 def _notes(shapes, setup, plan_process, usable, fits, why):
     u, b = setup, base(shapes, setup)
     yield f"Versions: {LOSSES[u.loss].title}; peft 0.21, transformers 5.23, torch 2.13 unless the loss names an older one. The longest row has {u.length:,} tokens: shorter ones need less."
@@ -174,7 +174,7 @@ def plan(
 ):
     "How much memory a run needs, phase by phase"
     u, m, (ram, disk), (error, why) = setup, moments(shapes, setup), elsewhere(shapes, setup), _error(shapes, setup)
-    cpu, exact = u.device == "cpu", exact and setup.gpus == 1 and setup.device == "cuda"
+    cpu, exact = u.device == "cpu", exact and u.gpus == 1 and u.device == "cuda" and u.kernels == "hf"  # only the modules whose requests are known
     sums = {p: sum(getattr(m, p).values()) for p in PHASES[:5]}
     if cpu: ram |= {p: ram[p] + n for p, n in sums.items() if p != "load"}
     peak = max(sums, key=sums.get)

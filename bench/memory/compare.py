@@ -6,7 +6,6 @@ rows, chosen by a hash of model and source file, was not looked at while constan
 import argparse
 import hashlib
 import json
-import os
 import time
 from datetime import date
 from statistics import median
@@ -29,12 +28,11 @@ def compare(row, exact=True):
     "[{source, stack, number, measured, predicted, low, high, error, inside, ...}] for one row, one entry for each number it gives"
     shapes = R.shapes_of(R.model_of(row))
     setup = R.setup_of(row, shapes)
-    p = plan(shapes, setup, exact=exact)
+    p = plan(shapes, setup, card("T4") if "T4" in row["gpu"] else None, exact)
     found = [R.measured(row)]
     if row["reserved_gib"]: found.append(("reserved", float(row["reserved_gib"]) * 2**30))
     if row["process_gib"]: found.append(("process", float(row["process_gib"]) * 2**30))
     if row["smi_mib"]: found.append(("process", float(row["smi_mib"]) * 2**20))
-    if "T4" in row["gpu"]: p = plan(shapes, setup, card("T4"), exact=exact)
     about = dict(source=row["source"], stack=R.stack_of(row), spec=row["spec"], model=R.model_of(row), method=setup.method, gpus=setup.gpus, tokens=setup.batch * setup.length, held_out=held_out(row))
     out = []
     for number, size in found:

@@ -33,7 +33,7 @@ def take(notes):
 def read(path):
     "Rows of a cleaned or a raw table"
     rows = list(csv.DictReader(open(path, newline="")))
-    return [r if "spec" in r else {k: r.get(k, "") for k in SETTINGS} | dict(smi_mib=r.get("nvidia_smi_mib", "")) | {k: v for k, v in take(r["notes"]).items() if v or k != "smi_mib"} for r in rows]
+    return [dict.fromkeys(TAKEN, "") | r if "spec" in r else dict.fromkeys(SETTINGS + TAKEN, "") | {k: r.get(k, "") for k in SETTINGS} | dict(smi_mib=r.get("nvidia_smi_mib", "")) | {k: v for k, v in take(r["notes"]).items() if v or k != "smi_mib"} for r in rows]
 
 
 # ---- models: names in the rows -> shapes
