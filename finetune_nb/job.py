@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['early_problems', 'check', 'rows', 'encode', 'layer_sizes', 'model', 'rows_at_once', 'merged', 'measure', 'Clock']
 
-# %% ../nbs/09b_job.ipynb #a4b4e386
+# %% ../nbs/09b_job.ipynb #e26c9e6b
 import random, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,10 +16,12 @@ from .data import Data, fingerprint, overlap, read, split
 from .evaluate import evaluate
 from .hardware import choose, dtype_problems, machine, memory
 from .mask import encode_all
-from .models import blocks, find, load_model
+from .models import find, load_model
 from .recipe import problems
 from .sources import open_source
+from .targets import targets
 from .translate import construct, load_dtype, quantization_kwargs, target_problems
+from .tree import of
 
 # %% ../nbs/09b_job.ipynb #90abee98
 def early_problems(
@@ -82,7 +84,7 @@ def encode(
     stop_on_errors([*train.problems, *held.problems, *sides[0][1], *sides[1][1]], warn=say)
     return sides[0][0], sides[1][0]
 
-# %% ../nbs/09b_job.ipynb #68bf6232
+# %% ../nbs/09b_job.ipynb #6024ed27
 def layer_sizes(
     base,  # a transformers model
 ):
@@ -101,7 +103,7 @@ def model(
     quantization, dtype = quantization_kwargs(recipe, choices["dtype"]), load_dtype(recipe, choices["dtype"])
     base = load_model(recipe.model, dtype, choices["attention"], construct(BitsAndBytesConfig, quantization) if quantization else None, recipe.revision, recipe.trust_remote_code)
     if recipe.method != "full":
-        stop_on_errors(target_problems(recipe, layer_sizes(base), len(blocks(base)[1])))
+        stop_on_errors(target_problems(recipe, layer_sizes(base), targets(of(base), recipe.method == "qlora")))
     return base
 
 # %% ../nbs/09b_job.ipynb #3f0b8804

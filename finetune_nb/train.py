@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Log', 'build', 'fit', 'save']
 
-# %% ../nbs/08a_train.ipynb #e73b436c
+# %% ../nbs/08a_train.ipynb #8938c6e3
 import json, time
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig
 
 from .core import Progress, human_time
-from .models import blocks, linear_targets
 from .recipe import CHANGES_BASE
 from .shortcuts import Trainer, check_shortcuts, number
+from .targets import targets
 from .translate import construct, lora_kwargs, training_kwargs
+from .tree import of
 
 # %% ../nbs/08a_train.ipynb #ca77895f
 class Log(TrainerCallback):
@@ -48,7 +49,7 @@ class Log(TrainerCallback):
             if key in (logs or {}) and self.progress: self.shown[name] = float(logs[key])
         if "eval_loss" in (logs or {}): self.say(f"step {state.global_step}: held-out loss {float(logs['eval_loss']):.4f}")
 
-# %% ../nbs/08a_train.ipynb #6e39fe33
+# %% ../nbs/08a_train.ipynb #52593c3c
 def build(
     recipe,  # a Recipe
     choices,  # hardware.Choices
@@ -63,7 +64,7 @@ def build(
     from peft import LoraConfig
     disable_progress_bars()
     table = lambda rows: Dataset.from_list([{k: r[k] for k in ("prompt", "completion", "text") if k in r} for r in rows]) if rows else None
-    adapter = None if recipe.method == "full" else construct(LoraConfig, lora_kwargs(recipe, linear_targets(model), len(blocks(model)[1])))
+    adapter = None if recipe.method == "full" else construct(LoraConfig, lora_kwargs(recipe, targets(of(model), recipe.method == "qlora")))
     trainer = Trainer(model=model, args=construct(SFTConfig, training_kwargs(recipe, choices, Path(out) / "checkpoints", bool(eval_rows))),
                       train_dataset=table(train_rows), eval_dataset=table(eval_rows), processing_class=tokenizer, peft_config=adapter)
     for callback in list(trainer.callback_handler.callbacks):

@@ -12,38 +12,55 @@ from pprint import pformat
 from .core import Problem, UserError, nearest
 from .recipe import CHANGES_BASE, names
 
-# %% ../nbs/05a_translate.ipynb #c5038274
+# %% ../nbs/05a_translate.ipynb #94a57fe6
+def _named(recipe, targets):
+    "(module names, parameter names) of the setting lora_targets"
+    if recipe.lora_targets == "all-linear": return list(targets.target_modules), list(targets.target_parameters)
+    fused = {n: [p for p in targets.target_parameters if f".{p}".endswith((f".{n}", f".{n}.weight"))] for n in names(recipe.lora_targets)}
+    return [n for n, found in fused.items() if not found], [p for found in fused.values() for p in found]
+
+
 def lora_kwargs(
     recipe,  # a Recipe with method lora or qlora
-    linear,  # the model's linear layers, for "all-linear"
-    n_layers,  # how many decoder blocks the model has
+    targets,  # the model's Targets
 ):
     "Keyword arguments of `peft.LoraConfig`"
-    r = recipe
-    kw = dict(r=r.lora_r, lora_alpha=r.lora_alpha, lora_dropout=r.lora_dropout, bias=r.lora_bias, task_type="CAUSAL_LM", use_rslora=r.use_rslora, use_dora=r.use_dora,
-              target_modules=list(linear) if r.lora_targets == "all-linear" else names(r.lora_targets))
-    if r.lora_layers and r.lora_layers < n_layers: kw["layers_to_transform"] = list(range(n_layers - r.lora_layers, n_layers))
+    r, (modules, fused) = recipe, _named(recipe, targets)
+    last = range(targets.blocks - r.lora_layers, targets.blocks) if r.lora_layers and r.lora_layers < targets.blocks else None
+    kw = dict(r=r.lora_r, lora_alpha=r.lora_alpha, lora_dropout=r.lora_dropout, bias=r.lora_bias, task_type="CAUSAL_LM", use_rslora=r.use_rslora, use_dora=r.use_dora, target_modules=modules)
+    if fused: kw["target_parameters"] = fused if last is None else [f"{targets.path}.{i}.{p}" for i in last for p in fused]
+    if targets.exclude and r.lora_targets == "all-linear": kw["exclude_modules"] = targets.exclude
+    if last: kw["layers_to_transform"] = list(last)
     if r.modules_to_save: kw["modules_to_save"] = names(r.modules_to_save)
     if r.lora_init != "default": kw["init_lora_weights"] = r.lora_init
     return kw
 
-# %% ../nbs/05a_translate.ipynb #1a3e8101
+# %% ../nbs/05a_translate.ipynb #2024913f
 def target_problems(
     recipe,  # a Recipe
     modules,  # {full module name: (outputs, inputs) of a linear layer, None for any other module}
-    n_layers,  # how many decoder blocks the model has
+    targets,  # the model's Targets
 ):
     "Targets, saved modules and layers that the model does not have"
     have = {m.rsplit(".", 1)[-1] for m in modules} | set(modules)
-    asked = dict(lora_targets=[] if recipe.lora_targets == "all-linear" else names(recipe.lora_targets), modules_to_save=names(recipe.modules_to_save))
-    out = [Problem(place, "names a module that the model does not have", nearest(n, have), n) for place, ns in asked.items() for n in ns if n not in have]
-    linear = {m.rsplit(".", 1)[-1]: s for m, s in modules.items() if s} | {m: s for m, s in modules.items() if s}
-    out += [Problem("lora_targets", "is not a linear layer, so it takes no adapter", "Name linear layers, or put it into modules_to_save", n) for n in asked["lora_targets"] if n in have and n not in linear]
-    sizes = [min(s) for m, s in modules.items() if s and (not asked["lora_targets"] or {m, m.rsplit(".", 1)[-1]} & set(asked["lora_targets"]))]
+    named, fused = ([], list(targets.target_parameters)) if recipe.lora_targets == "all-linear" else _named(recipe, targets)
+    out = [Problem(place, "names a module that the model does not have", nearest(n, have), n) for place, ns in dict(lora_targets=named, modules_to_save=names(recipe.modules_to_save)).items() for n in ns if not _ends(n, modules)]
+    linear = {m: s for m, s in modules.items() if s}
+    out += [Problem("lora_targets", "is not a linear layer, so it takes no adapter", "Name linear layers, or put it into modules_to_save", n) for n in named if _ends(n, modules) and not _ends(n, linear)]
+    sizes = [min(s) for m, s in linear.items() if not named or any(_ends(n, [m]) for n in named)]
     if recipe.lora_init in CHANGES_BASE and sizes and recipe.lora_r > min(sizes):
         out.append(Problem("lora_r", f"is above the size of the smallest layer ({min(sizes)}), which lora_init: {recipe.lora_init} cannot start from", f"Give at most {min(sizes)}, or lora_init: default", recipe.lora_r))
-    if recipe.lora_layers > n_layers: out.append(Problem("lora_layers", f"is more than the model's {n_layers} layers", f"Give at most {n_layers}, or 0 for all", recipe.lora_layers))
-    return out
+    if recipe.lora_layers > targets.blocks: out.append(Problem("lora_layers", f"is more than the model's {targets.blocks} layers", f"Give at most {targets.blocks}, or 0 for all", recipe.lora_layers))
+    return out + (_fused_problems(recipe, targets) if fused else [])
+
+
+def _ends(name, modules): return any(m == name or m.endswith(f".{name}") for m in modules)
+
+
+def _fused_problems(r, targets):
+    others = f"or leave them alone with lora_targets: {','.join(targets.target_modules)}"
+    rules = [("lora_dropout", r.lora_dropout > 0, "Set lora_dropout: 0"), ("use_dora", r.use_dora, "Set use_dora: false"), ("lora_init", r.lora_init not in ("default", "gaussian"), "Use lora_init: default")]
+    return [Problem(place, "is not possible for the weights of this model that peft reaches only as parameters", f"{fix}, {others}", getattr(r, place), "peft 0.21, ParamWrapper") for place, broken, fix in rules if broken]
 
 # %% ../nbs/05a_translate.ipynb #fb9a3dac
 def quantization_kwargs(
@@ -137,13 +154,12 @@ initialize_lora_eva_weights(trainer.model, [{k: b[k] for k in ("input_ids", "att
 torch.set_rng_state(state)
 '''
 
-# %% ../nbs/05a_translate.ipynb #aa6bc9d9
+# %% ../nbs/05a_translate.ipynb #102469c3
 def as_script(
     recipe,  # a Recipe
     choices,  # hardware.Choices
     place,  # folder or hub id of the model
-    linear,  # the model's linear layers
-    n_layers,  # its number of decoder blocks
+    targets,  # the model's Targets; unused if every weight is trained
     files,  # {"train": path, "eval": path} of rows as finetune_nb.data.save writes them
     out="plain-run",  # folder the script writes to
 ):
@@ -151,7 +167,7 @@ def as_script(
     from pathlib import Path
     r, show = recipe, lambda d: pformat(d, sort_dicts=False, width=110)
     return SCRIPT.format(model=r.model, place=str(place), extra=", bitsandbytes" if r.method == "qlora" else "", threads=choices["threads"], seed=r.seed,
-        quantization=show(quantization_kwargs(r, choices["dtype"])), adapter=show(None if r.method == "full" else lora_kwargs(r, linear, n_layers)),
+        quantization=show(quantization_kwargs(r, choices["dtype"])), adapter=show(None if r.method == "full" else lora_kwargs(r, targets)),
         training=show(training_kwargs(r, choices, out, "eval" in files)), dtype=load_dtype(r, choices["dtype"]), attention=choices["attention"],
         files={k: str(v) for k, v in files.items()}, revision=(f", revision={r.revision!r}" if r.revision else "") + (", trust_remote_code=True" if r.trust_remote_code else ""), final=str(Path(out) / "adapter"), loaded=TRAINABLE if r.method == "qlora" else "", start=EVA if r.lora_init == "eva" and r.method == "lora" else "")
 

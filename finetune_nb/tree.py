@@ -58,7 +58,7 @@ def skeleton(
     except Exception as e:
         raise UserError(Problem(name, f"has a configuration that transformers cannot build: {type(e).__name__}: {' '.join(str(e).split())[:300]}", "Compare it with the config.json the model's authors published")) from None
 
-# %% ../nbs/03b_tree.ipynb #03efa92e
+# %% ../nbs/03b_tree.ipynb #40b76dc9
 _CLASSES = [("router", r"Router|Indexer|SharedExpertGate"), ("expert", r"Experts$"), ("mlp", r"(?i:mlp)|FeedForward|FFN|DenseAct|Adapter|Intermediate$|(?<!Self)Output$|LlamaMlp|GatedMlp"),
             ("state-space", r"Mamba|Mixer$|Delta|Rglru|RecurrentBlock|Short\w*Conv|Rwkv|LSTM|LightningAttention|(?<!Kimi)LinearAttention$|ForgetGate"),
             ("attention", r"(?i:attention|attn)|SelfOutput$|MLA$|Compressor")]
@@ -67,7 +67,7 @@ _BARE = [("mlp", r"^(fc\d|fc_in|fc_out|lin\d|ffn)\."), ("attention", r"^linear\.
 
 
 def _kind_inside(path, classes, dims):
-    if any(re.search(r"Norm(Gated)?$", c) for c in classes) or dims < 2 and re.search(r"norm|(^|[._])ln([._\d]|$)", path): return "norm"
+    if any(re.search(r"(?<!Attention)Norm(Gated)?$", c) for c in classes) or dims < 2 and re.search(r"norm|(^|[._])ln([._\d]|$)", path): return "norm"
     told = lambda rules, text: next((kind for kind, words in rules if re.search(words, text)), None)
     return told(_NAMES, path) or next((k for c in reversed(classes) if (k := told(_CLASSES, c))), None) or told(_BARE, path) or "other"
 

@@ -18,10 +18,12 @@ from trl import SFTConfig
 from finetune_nb.core import UserError
 from finetune_nb.hardware import Machine, choose
 from finetune_nb.recipe import FIELDS, PRESETS, make
+from finetune_nb.targets import targets
 from finetune_nb.translate import construct, load_dtype, lora_kwargs, quantization_kwargs, training_kwargs
+from finetune_nb.tree import read
 
 MACHINES = {"cpu": Machine("cpu", "a processor", False, 0, 0, 8 << 30, 4), "gpu": Machine("cuda", "a GPU", True, 1, 24 << 30, 64 << 30, 8, "8.0")}
-LINEAR, LAYERS = ["q_proj", "v_proj"], 4
+TARGETS = dataclasses.replace(targets(read({"model_type": "mixtral"})), exclude="(model.vision_tower)(.*)?")  # with every kind of name
 # every setting that adds a keyword, switched on; and off
 ON = dict(lora_layers=2, modules_to_save="lm_head", use_rslora=True, use_dora=True, lora_bias="all", max_steps=9, gradient_checkpointing=True, packing=True, group_by_length=False, eval_steps=5,
           save_steps=5, best_at_end=True, tracker="tensorboard", train_on="completion", warmup=7.0, workers=2, threads=2)
@@ -42,7 +44,7 @@ def given(recipe, machine, has_eval):
     "[(the library's class, its keyword arguments)] of a recipe"
     choices = chosen(recipe, machine)
     out = [(SFTConfig, training_kwargs(recipe, choices, "out", has_eval))]
-    if recipe.method != "full": out.append((LoraConfig, lora_kwargs(recipe, LINEAR, LAYERS)))
+    if recipe.method != "full": out.append((LoraConfig, lora_kwargs(recipe, TARGETS)))
     if recipe.method == "qlora": out.append((BitsAndBytesConfig, quantization_kwargs(recipe, choices["dtype"])))
     return out
 

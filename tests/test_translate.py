@@ -13,9 +13,10 @@ from conftest import losses, saved_weights, train_here
 from finetune_nb import job
 from finetune_nb.core import UserError
 from finetune_nb.data import save
-from finetune_nb.models import blocks, linear_targets
 from finetune_nb.recipe import FIELDS, make
+from finetune_nb.targets import targets
 from finetune_nb.translate import as_script
+from finetune_nb.tree import of
 
 INITS = typing.get_args(FIELDS["lora_init"].annotation)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,7 +69,7 @@ def scripted(recipe, tmp_path_factory):
         _, choices = job.check(r, say=lambda line: None)
         files = {side: save(d.rows, folder / f"{side}.jsonl") for side, d in zip(("train", "eval"), job.rows(r))}
         model = job.model(r, choices)
-        text = as_script(r, choices, r.model, [] if r.method == "full" else linear_targets(model), len(blocks(model)[1]), files, out=folder / "run")
+        text = as_script(r, choices, r.model, None if r.method == "full" else targets(of(model), r.method == "qlora"), files, out=folder / "run")
         assert "finetune_nb" not in text.partition('"""\n')[2], "the plain script names finetune_nb outside its first line"
         (folder / "plain.py").write_text(text + GUARD.format(losses=str(folder / "losses.json")))
         folders[name] = folder
