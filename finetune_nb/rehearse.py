@@ -120,7 +120,7 @@ def rehearse(
     say(f"rehearsed the longest {size} rows ({max(lengths):,} tokens the longest): {', '.join(f'{k} {human_bytes(v)}' for k, v in r.peak.items())}; {estimate}")
     return r
 
-# %% ../nbs/08c_rehearse.ipynb #d00d0702
+# %% ../nbs/08c_rehearse.ipynb #e760c757
 def _fits(trainer, steps, passes, found):
     fits = True
     try: trial(trainer, steps, passes, found)
@@ -140,6 +140,8 @@ def _tight(trainer, r, card):
 
 def _advice(shapes, setup, card, length, padded):
     if setup is None or card is None: return ""
-    try: from finetune_nb.fit import smallest_change
-    except ImportError: return ""
-    return str(smallest_change(shapes, replace(setup, batch=1, length=length, padded=padded), card))
+    from finetune_nb.fit import smallest_change
+    from finetune_nb.memory import plan
+    one = replace(setup, batch=1, length=length, padded=padded)
+    room = min(card.usable, int(0.9 * plan(shapes, one, card).allocated.expected))  # what was planned did not fit, whatever the plan says
+    return str(smallest_change(shapes, one, room))

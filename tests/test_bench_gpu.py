@@ -9,6 +9,7 @@ import pytest
 
 from finetune_nb.core import read_json
 from finetune_nb.known import known
+from finetune_nb.stack import LOSSES
 
 FOLDER = Path(__file__).resolve().parents[1] / "bench" / "gpu"
 sys.path.insert(0, str(FOLDER))
@@ -22,7 +23,7 @@ def test_cases_are_of_known_models_and_all_different():
     for quick in (True, False):
         cases = measure.grid(quick)
         assert len({measure.name(c) for c in cases}) == len(cases) > 15
-        assert all(known(c["model"]).total > 10**9 for c in cases)
+        assert all(known(c["model"]).total > 10**9 and c["loss"] in LOSSES for c in cases)
         models = [c["model"] for c in cases]
         assert sum(a != b for a, b in zip(models, models[1:])) == len(set(models)) - 1, "a model's weights would be written twice"
     assert len(measure.grid(True)) <= 24
@@ -81,3 +82,14 @@ def test_prediction_against_measurement(monkeypatch):
     rows = measure.compare(result)
     assert [(r["number"], r["right"]) for r in rows] == [("allocated", True), ("reserved", False), ("process", False), ("fits", False)]
     assert rows[0]["error"] == pytest.approx(0.1) and asked[0] == (4, {"loss": "trl-1.16"})
+
+
+def test_the_planner_answers_for_every_case():
+    "The page asks the real planner; whatever it says, it must take every case of the grid"
+    cases = measure.grid(True)
+    def one(case):
+        recipe = measure.settings(case, "x").model_dump()
+        recipe.pop("model")
+        return dict(case=case, recipe=recipe, status="done", peaks=dict(train=dict(allocated=10 * GB, reserved=12 * GB, process=13 * GB)))
+    rows = measure.compare(dict(machine=GPU, cases={measure.name(c): one(c) for c in cases}))
+    assert len(rows) == 3 * len(cases) and all(0 < r["predicted"][0] <= r["predicted"][1] <= r["predicted"][2] < 300 * GB for r in rows)

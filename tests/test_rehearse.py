@@ -143,3 +143,13 @@ def test_predicted_against_measured_is_kept(built, monkeypatch):
     error = 3e9 / r.peak["ram"] - 1
     assert past_error()["ram"] == dict(count=1, middle=pytest.approx(error), worst=pytest.approx(error))
     assert r.estimate.flops > 0 and r.to_json()["errors"]["ram"] == pytest.approx(error)
+
+
+@pytest.mark.parametrize("name", ["t4", "a100 80gb"])
+def test_advice_names_a_change_even_where_the_plan_said_that_it_fits(name):
+    from finetune_nb.cards import card
+    from finetune_nb.known import known
+    from finetune_nb.memory import Setup
+    from finetune_nb.rehearse import _advice
+    advice = _advice(known("llama-3.1-8b"), Setup(), card(name), 4096, True)
+    assert "fits as it is" not in advice and ("change this" in advice or "nothing makes it fit" in advice)

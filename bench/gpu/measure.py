@@ -28,9 +28,9 @@ from finetune_nb.core import read_json, write_json
 from finetune_nb.hardware import versions
 
 HERE = Path(__file__).resolve().parent
-BASE = dict(method="lora", length=2048, batch=4, checkpointing=True, attention="sdpa", loss="trl-1.16", rank=16)  # loss: a key of finetune_nb.memory.LOSSES, "answers" is our shortcut
+BASE = dict(method="lora", length=2048, batch=4, checkpointing=True, attention="sdpa", loss="trl-1.16", rank=16)  # loss: a key of finetune_nb.stack.LOSSES, "finetune_nb" is our shortcut
 TINY = dict(model_type="llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=1024, max_position_embeddings=256)
-VARIATIONS = (dict(length=512, batch=16), dict(length=8192, batch=1), dict(batch=1), dict(checkpointing=False), dict(attention="eager"), dict(loss="answers"), dict(loss="transformers-5"), dict(loss="liger"))
+VARIATIONS = (dict(length=512, batch=16), dict(length=8192, batch=1), dict(batch=1), dict(checkpointing=False), dict(attention="eager"), dict(loss="finetune_nb"), dict(loss="transformers-5"), dict(loss="liger"))
 FULL = {"llama-3.2-1b", "llama-3.2-3b"}  # 16 bytes a parameter, as this package trains everything: 8B takes 128 GB
 
 
@@ -90,7 +90,7 @@ def settings(case, folder):
     from finetune_nb.recipe import make
     cpu = case["model"] == "tiny"
     return make("stock", model=str(folder), method=case["method"], lora_r=case["rank"], lora_alpha=2 * case["rank"], lora_dropout=0.0, batch_size=case["batch"], accumulation=1, max_length=case["length"], packing=False,
-                gradient_checkpointing=case["checkpointing"], attention=case["attention"], eval_batch_size=case["batch"], fast_path=case["loss"] == "answers", tracker="none", compare=False,
+                gradient_checkpointing=case["checkpointing"], attention=case["attention"], eval_batch_size=case["batch"], fast_path=case["loss"] == "finetune_nb", tracker="none", compare=False,
                 dtype="float32" if cpu else "auto", threads=1 if cpu else 0, learning_rate=2e-5 if case["method"] == "full" else 2e-4)
 
 
