@@ -77,7 +77,7 @@ def _activations(shapes, setup):
     small = replace(step_of(shapes, u, u.eval_batch, u.eval_length or u.length), dropout=False)
     return step, b, head, blocks(shapes, small), run_head(small, shapes.vocab, u.loss if shapes.vocab else "none", weight=head_width, labelled=u.labelled, layer=layer), small
 
-# %% ../nbs/05h_moments.ipynb #70b4c167
+# %% ../nbs/05h_moments.ipynb #6f91b6fb
 def _common(shapes, setup, step):
     s, g = static(shapes, setup), gathered(shapes, setup)
     mask = step.rows * step.length**2 * (step.stream if step.kernel == "eager" else 1) if step.masked else 0
@@ -99,7 +99,7 @@ def moments(
     copies = (sum(trained(shapes, u)) if not full else b.own and base(shapes, u).linear) * step.auto if again and step.auto and (step.adapter > step.auto if not full else step.weight > step.auto) else 0
     humps = [dict(activations=stored, logits=head.backward, gradients=early), dict(activations=stored, block=b.backward - (0 if again else b.own), logits=head.held, gradients=early, leak=g.leak)]
     whole = s.gradients if zero2 or not full else max(0, s.gradients - b.grads)
-    humps.append(dict(activations=(x if again else b.own), block=b.backward - (0 if again else b.own), logits=head.held, gradients=whole, leak=2 * g.leak - 0 if g.leak and again and 0 else 0))
+    humps.append(dict(activations=(x if again else b.own), block=b.backward - (0 if again else b.own), logits=head.held, gradients=whole, leak=0))
     if g.leak: humps[1]["gradients"] = s.gradients  # it grows on the way back, so the worst moment is the first block's, with all gradients
     at_loss = rest | {"weights": rest["weights"] - g.block * (u.sharding.startswith("fsdp"))}
     sums = [at_loss | humps[0], rest | humps[1], rest | humps[2]]
@@ -110,4 +110,4 @@ def moments(
     packing = base(shapes, u).largest * step.weight if step.quantized else 0
     load = {k: v for k, v in idle.items() if k in ("weights", "quantization constants")} | dict(temporaries=packing)
     worst = lambda found: max(found, key=lambda d: sum(d.values()))
-    return Moments(load, worst(ahead), worst(sums), idle | dict(gradients=s.gradients, temporaries=s.temporary, logits=head.held), evaluation)
+    return Moments(load, worst(ahead), worst(sums), idle | dict(gradients=s.gradients, temporaries=s.temporary, logits=head.held, activations=2 * x if head.held and again and not full else 0), evaluation)

@@ -215,7 +215,7 @@ def activated(t, x, numbers, more=0):
     if x.numbers == numbers: return t.op([x], numbers, x.width, keeps=[x], extra=more * numbers * x.width)
     return t.op([x], numbers, x.width, keeps=[x], extra=numbers * x.width)
 
-# %% ../nbs/05c_tape.ipynb #0db9d6ae
+# %% ../nbs/05c_tape.ipynb #113413c2
 def _replace(t, old, new):
     t.drop(old)
     return new
@@ -245,7 +245,7 @@ def attention(
     if s.kernel == "eager": out = _eager(t, s, q, k, v, heads, size, capped)
     else:
         rows, tensors = 4 * s.tokens * heads, list({x.id: x for x in (q, k, v)}.values())
-        scratch = rows + (4 * nq + 4 * nq * (nk < nq) if flash else 0)  # flash: 32-bit sums of dq; dk and dv for every head
+        scratch = rows + 4 * nq + (4 * nq if flash and nk < nq else 0)  # 32-bit sums of dq; flash: dk and dv for every head
         out = t.op(tensors, size, q.width, keeps=tensors, keeps_out=True, extra=rows, during=scratch)  # one 32-bit number for each row of each head
     t.drop(q, k, v)
     return out
