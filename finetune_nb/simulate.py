@@ -196,7 +196,7 @@ class Simulated:
         rows = [dict(part=p, peak=human_bytes(b), block=human_bytes(self.parts[p][1])) for p, b in self.at().items()]
         return markdown_table(rows, {"part": "part of the step", "peak": f"peak with {self.layers} blocks", "block": "added by a block"})
 
-# %% ../nbs/06d_simulate.ipynb #e2a7090b
+# %% ../nbs/06d_simulate.ipynb #139b874b
 def _config(model):
     plain = configuration(model) if not isinstance(model, dict) else model
     _known_type(plain, str(plain.get("_name_or_path") or plain.get("model_type")) if isinstance(model, dict) else str(model))
@@ -204,7 +204,7 @@ def _config(model):
 
 
 def _problems(setup):
-    able = dict(loss=LOSSES, optimizer=OPTIMIZERS, quantization=("none", "nf4", "fp4", "int8"), kbit_prepared=("", "all"), kernels=("hf",), quantized_experts=(False,), sharding=("none",), offload=("none",), adapted_layers=(0,))
+    able = dict(loss=LOSSES, optimizer=OPTIMIZERS, quantization=("none", "nf4", "fp4", "int8"), kbit_prepared=("", "all"), kernels=("hf",), quantized_experts=(False,), saved_modules=((),), activation_offload=(False,), sharding=("none",), offload=("none",), adapted_layers=(0,))
     fix = lambda allowed: f"Set {' or '.join(map(str, allowed))} here, or ask the formulas: finetune-nb plan"
     return [Problem(name, "cannot be simulated", fix(allowed), getattr(setup, name)) for name, allowed in able.items() if getattr(setup, name) not in allowed]
 
