@@ -65,7 +65,7 @@ def sends(
     if way == "zero2": return int(part * gradients * (passes + 1))
     return int(part * passes * (2 * weights + gradients))
 
-# %% ../nbs/13_distribute.ipynb #fa294a72
+# %% ../nbs/13_distribute.ipynb #bb34cca3
 SEEN = "two processes held against one, bench/results/2026-11-25-distribute.json"
 
 
@@ -85,7 +85,8 @@ def clashes(
         (adapters and weights and r.lora_init in CHANGES_BASE, "lora_init", "changes the base, and the way back to an ordinary adapter is lost while the weights are divided", "Use parallel: zero2, or lora_init: default", r.lora_init, "peft issue 1826 and accelerate issue 2886 for older versions; saving is not written here"),
         (adapters and zero3 and r.lora_init == "eva", "lora_init", "needs whole weights before training starts", "Use parallel: zero2, or lora_init: default", "eva", SEEN),
         (adapters and way == "fsdp" and "lm_head" in r.modules_to_save, "modules_to_save", "would train the output layer of each process apart: TRL's loss reads it past FSDP, so its gradient is not averaged", "Use parallel: zero3 or zero2", r.modules_to_save, SEEN),
-        (way == "fsdp" and (small or r.optimizer == "adafactor"), "optimizer", "does not know divided tensors", "Use optimizer: adamw_torch_fused", r.optimizer, f"bitsandbytes issue 1633, LLaMA-Factory issue 5619; {SEEN}"),
+        (way == "fsdp" and small, "optimizer", "does not know divided tensors", "Use optimizer: adamw_torch_fused", r.optimizer, f"bitsandbytes issue 1633, LLaMA-Factory issue 5619; {SEEN}"),
+        (r.optimizer == "adafactor" and way != "none", "optimizer", "keeps one number for a row and a column: FSDP2 refuses that, and DeepSpeed lays weights flat, which silently makes it another optimizer", "Use optimizer: adamw_torch_fused", "adafactor", SEEN),
     ]
     warnings = [
         (adapters and zero3 and r.gradient_checkpointing, "gradient_checkpointing", "uses the reentrant kind, the other one fails with divided frozen weights", "", None, "transformers issue 47254, TRL pull request 4951"),
@@ -233,13 +234,14 @@ class Parallel:
         heads = dict(way="way", GPU="one GPU", range="range", sent="sent a step", fits="fits", against="not legal because")
         return "\n\n".join([f"**{self.choice}**: {self.reason}", markdown_table(rows, heads), *(f"- {w}" for w in self.warnings), "```sh\n" + "\n".join(self.commands) + "\n```"])
 
-# %% ../nbs/13_distribute.ipynb #437aa7b6
+# %% ../nbs/13_distribute.ipynb #63e82371
 def usable_bytes(
-    vram,  # a card's name, or its memory in GB as on the box
+    vram,  # a card's name, its memory in GB as on the box, or in bytes as the machine tells it
 ):
     "Bytes of GPU memory that can really be used"
     try: gb = float(vram)
     except ValueError: return card(vram).usable
+    if gb >= 2**30: return int(gb)
     if gb > 1024: return card(str(vram)).usable  # "4090" is a card, not a memory
     if not gb >= 1: raise UserError(Problem("vram", "is not the memory of a GPU", "Give the number of GB on the box, such as 24 or 80", vram))
     return min((c.usable for c in CARDS.values() if c.gb == gb and c.capability != "metal"), default=round(gb * ASSUMED * 2**30))
@@ -268,12 +270,12 @@ def _reason(best, options, usable):
     if slow: said.append(f"{slow.way} would fit too but send {slow.sent / max(best.sent, 1):.3g} times as much")
     return "; ".join(said)
 
-# %% ../nbs/13_distribute.ipynb #297bc7da
+# %% ../nbs/13_distribute.ipynb #89546e82
 def choose(
     shapes,  # the model's Shapes
     recipe,  # a Recipe
     gpus,  # GPUs of one machine
-    vram,  # of one: GB as on the box, or a card's name
+    vram,  # memory of one: GB as on the box, a card's name, or bytes
     nodes=1,  # machines
     dtype="bfloat16",  # number format of the computation
     run="RUN",  # the run folder, for the commands
