@@ -31,13 +31,14 @@ def configuration(
         if source.kind == "gguf": return PretrainedConfig.get_config_dict(Path(source.location).parent, gguf_file=Path(source.location).name, local_files_only=True)[0]
         return PretrainedConfig.get_config_dict(source.location)[0]
 
-# %% ../nbs/03b_tree.ipynb #4c0fe428
+# %% ../nbs/03b_tree.ipynb #de3589fd
 def _known_type(config, name):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as configs
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as classes
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if not kind: raise UserError(Problem(name, "is a configuration without model_type", "Give the config.json of a model that transformers can load"))
-    own = {k: str(v).rpartition(".")[2] for k, v in (config.get("auto_map") or {}).items()}
+    kind, auto = (config.get("model_type"), config.get("auto_map") or {}) if isinstance(config, dict) else (None, {})
+    if not kind or not isinstance(kind, str): raise UserError(Problem(name, "is a configuration without model_type", "Give the config.json of a model that transformers can load"))
+    if not isinstance(auto, dict): raise UserError(Problem(name, "has an auto_map that is no mapping", "Take it out, or give the config.json as the model's authors wrote it", auto))
+    own = {k: str(v).rpartition(".")[2] for k, v in auto.items()}
     if own and (kind not in classes or own.get("AutoConfig", configs[kind]) != configs[kind] or own.get("AutoModelForCausalLM", classes[kind]) != classes[kind]):
         raise UserError(Problem(name, f"needs code of its own ({', '.join(own.values())}), which is not run here", "Read that code, then train with trust_remote_code: true: a run reads the layers from the loaded model", kind))
     if kind not in configs: raise UserError(Problem(name, "has a model_type that the installed transformers does not know", nearest(kind, configs), kind))
@@ -135,7 +136,7 @@ def _heads(c, hidden):
     kv = heads if latent else 1 if one else _first(c, "num_key_value_heads", "num_kv_heads", "n_head_kv") or heads
     return heads, kv, latent or _first(c, "head_dim") or (hidden // heads if heads else 0)
 
-# %% ../nbs/03b_tree.ipynb #d180707b
+# %% ../nbs/03b_tree.ipynb #a92d84b2
 def of(
     model,  # a transformers model: loaded, quantized or on the meta device
     name="",  # how the person named it
@@ -158,8 +159,9 @@ def read(
     name="",  # how the person named the model
 ):
     "The shapes of the model that a configuration describes; nothing is downloaded or loaded"
-    plain = config if isinstance(config, dict) else config.to_dict() | {"model_type": config.model_type}
-    return of(skeleton(plain, name or "config"), name, plain.get("_commit_hash") or "")
+    plain = config.to_dict() | {"model_type": config.model_type} if hasattr(config, "to_dict") else config
+    model = skeleton(plain, name or "config")
+    return of(model, name, plain.get("_commit_hash") or "")
 
 # %% ../nbs/03b_tree.ipynb #4d99faba
 def shapes_of(
