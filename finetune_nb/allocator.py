@@ -14,12 +14,12 @@ from .block import forward, layout
 from .head import head
 from .tape import Tape
 
-# %% ../nbs/05f_allocator.ipynb #02533d92
+# %% ../nbs/05f_allocator.ipynb #2d2d9fa2
 MIB = 2**20
 
 
-class Allocator:
-    "PyTorch's caching allocator: how much it holds for a sequence of requests"
+class _Take:
+    "The half of the allocator that answers requests"
     def __init__(self): self.free, self.blocks, self.next, self.reserved, self.now, self.peak = ([], []), {}, 0, 0, 0, 0
 
     def take(self, size):
@@ -45,6 +45,9 @@ class Allocator:
         if self.now > self.peak: self.peak = self.now
         return at, large
 
+# %% ../nbs/05f_allocator.ipynb #8014fcbd
+class Allocator(_Take):
+    "PyTorch's caching allocator: how much it holds for a sequence of requests"
     def give(self, what):
         "Free what `take` answered"
         at, large = what

@@ -147,7 +147,7 @@ class Half:
     backward: int  # most at once while gradients are computed, with what is kept
     grads: int  # gradients of its trained weights
 
-# %% ../nbs/05d_block.ipynb #f5c2650d
+# %% ../nbs/05d_block.ipynb #73adfd93
 _RUN = {"attention": _attend, "mlp": _mlp, "expert": _experts, "state-space": _state_space}
 
 
@@ -170,7 +170,7 @@ def forward(
     t.drop(y)
     return out
 
-
+# %% ../nbs/05d_block.ipynb #b5c3c026
 def run_half(
     shapes,  # a Shapes
     s,  # a Step
@@ -196,7 +196,7 @@ def run_half(
     t.backward(y, t.new(y.numbers, y.width))
     return Half(p.kind, kept, used, once.peak - size, again - size, early - size, t.peak - beside, sum(g.numbers for g in t.grads))
 
-# %% ../nbs/05d_block.ipynb #59a545c4
+# %% ../nbs/05d_block.ipynb #a8bc65bb
 @dataclass(frozen=True)
 class Blocks:
     "What all decoder blocks of a model need on one GPU, in bytes"
@@ -208,7 +208,7 @@ class Blocks:
     grads: int  # gradients of one block's trained weights, part of `backward` only when they come before its worst moment
     halves: tuple  # of Half, the largest mixer and the largest feed-forward
 
-
+# %% ../nbs/05d_block.ipynb #1c5924d3
 @lru_cache(maxsize=256)
 def layout(
     shapes,  # a Shapes
@@ -221,7 +221,7 @@ def layout(
     each = {p: 2 if norms >= 3.5 else 1 if norms >= 1.5 or p in mixers else 0 for p in found}
     return mixers, tuple(p for p in found if p not in mixers), each, any(w.name.endswith("bias") for w in sizes)
 
-
+# %% ../nbs/05d_block.ipynb #e491f2fc
 def blocks(
     shapes,  # a Shapes
     s,  # a Step

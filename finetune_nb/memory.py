@@ -89,13 +89,13 @@ def elsewhere(
     disk = dict(load=half, forward=0, backward=0, step=0, evaluation=0, save=(u.keep + 1) * checkpoint + own + TOKENIZER, merge=0 if full else half, gguf=half + int(Q4 * shapes.total))
     return ram, disk
 
-# %% ../nbs/06_memory.ipynb #5eaceee3
+# %% ../nbs/06_memory.ipynb #6b1a6c38
 PHASES = ("load", "forward", "backward", "step", "evaluation", "save", "merge", "gguf")
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    "How much memory a run needs"
+class _Numbers:
+    "The values of a plan"
     model: str  # its name
     setup: Setup  # what it was computed from
     allocated: Range  # what tensors need on one GPU
@@ -112,6 +112,10 @@ class MemoryPlan:
     exact: bool = False  # was the allocator replayed
     notes: tuple = ()  # what is assumed, and what is not known
 
+# %% ../nbs/06_memory.ipynb #47d26c95
+@dataclass(frozen=True)
+class MemoryPlan(_Numbers):
+    "How much memory a run needs"
     @property
     def peak_bytes(self): return self.process.expected
 

@@ -72,14 +72,14 @@ def state_bytes(
     o = OPTIMIZERS[optimizer]
     return o.states * (width if not o.bits else o.bits / 8 + (_BLOCK / 8 if o.bits < 16 else 0))
 
-# %% ../nbs/05b_stack.ipynb #4d45e5a4
+# %% ../nbs/05b_stack.ipynb #a29f69d4
 BYTES = dict(float32=4, bfloat16=2, float16=2)
 SHARDING = ("none", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2")
 
 
 @dataclass(frozen=True)
-class Setup:
-    "Everything memory depends on besides the model"
+class _Training:
+    "The part of a setup that says what is trained and how much of it at once"
     method: str = "lora"  # "full", "lora" or "qlora"
     quantization: str = "none"  # of the frozen base: "none", "nf4", "fp4", "int8" or "gptq" (4 bit)
     double_quantization: bool = True  # are the scales of nf4 and fp4 quantized too
@@ -95,6 +95,11 @@ class Setup:
     batch: int = 4  # rows a forward pass and GPU
     length: int = 2048  # tokens of the longest row
     padded: bool = False  # are rows padded, so that attention gets a mask of length x length
+
+# %% ../nbs/05b_stack.ipynb #0d8825ef
+@dataclass(frozen=True)
+class Setup(_Training):
+    "Everything memory depends on besides the model"
     checkpointing: str = "none"  # are blocks computed again for their gradients: "none", "nonreentrant", "reentrant"
     attention: str = "sdpa"  # "eager", "sdpa" (torch's flash kernel), "efficient" (torch's other kernel; keys and values repeated), "flash" (flash-attn)
     loss: str = "trl-1.16"  # a key of LOSSES

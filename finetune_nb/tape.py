@@ -21,9 +21,9 @@ class Tensor:
     ):
         self.numbers, self.width, self.refs, self.grad, self.needs, self.id = numbers, width, 1, None, needs, id
 
-# %% ../nbs/05c_tape.ipynb #c4767f57
-class Tape:
-    "Runs operations forward and backward and remembers the most memory that was alive at once"
+# %% ../nbs/05c_tape.ipynb #371f09b6
+class _Memory:
+    "What is alive, and the most that was"
     def __init__(self,
         record=True,  # keep what gradients need; False is a checkpointed block's first pass, or evaluation
         log=None,  # a list that gets (number, bytes) for every allocation and (-number, 0) for every release
@@ -50,6 +50,9 @@ class Tape:
         "Something of that many bytes is needed for a moment"
         if size: self.drop(self.new(size, 1))
 
+# %% ../nbs/05c_tape.ipynb #781d994f
+class _Forward(_Memory):
+    "Operations, each with what its gradient will need"
     def op(self, inputs, numbers, width, keeps=(), keeps_out=False, extra=0, before=0, during=0, hand_on=False, trained=0, cast=0):
         "One operation; the caller still holds its inputs and now holds the result"
         self.moment(before)  # needed for a moment in the forward pass
@@ -64,6 +67,9 @@ class Tape:
         if kept or own: self.last = self.peak
         return out
 
+# %% ../nbs/05c_tape.ipynb #a8fe13c4
+class Tape(_Forward):
+    "Runs operations forward and backward and remembers the most memory that was alive at once"
     def backward(self, out, grad):
         "Gradients from the last operation to the first; `grad` is the result's gradient, already alive"
         out.grad, self.grads = grad, []
