@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['configuration', 'skeleton', 'weights', 'of', 'read', 'shapes_of']
 
-# %% ../nbs/03b_tree.ipynb #e4a8b43a
+# %% ../nbs/03b_tree.ipynb #d8a4761e
 import re
 from collections import Counter
 from pathlib import Path
 
 from .core import Problem, UserError, cache_dir, nearest, read_json, sha256_json, write_json
-from .models import _explained, blocks, find, stacks
+from .known import known
+from .models import EMBEDDED, _explained, blocks, find, stacks
 from .shapes import Shapes, Weight, from_json, to_json
 
 # %% ../nbs/03b_tree.ipynb #deb4721f
@@ -163,13 +164,17 @@ def read(
     model = skeleton(plain, name or "config")
     return of(model, name, plain.get("_commit_hash") or "")
 
-# %% ../nbs/03b_tree.ipynb #4d99faba
+# %% ../nbs/03b_tree.ipynb #a486d222
 def shapes_of(
-    model,  # hub id, folder, config.json, .gguf file, or an embedded name
+    model,  # a known name, hub id, folder, config.json, .gguf file, or an embedded name
     say=print,  # told what takes time
 ):
     "The shapes of a model by name, read once for each configuration"
     from importlib.metadata import version
+    if not Path(str(model)).expanduser().exists():
+        try: return known(model)
+        except UserError:
+            if "/" not in str(model) and not str(model).endswith((".json", ".gguf")) and str(model) not in EMBEDDED: raise
     config = configuration(model)
     file = cache_dir() / "shapes" / f"{sha256_json([1, version('transformers'), config])[:32]}.json"
     try: return from_json(read_json(file) | {"name": str(model)})
