@@ -96,7 +96,7 @@ def _mlp(t, s, h, p, shapes):
     t.drop(mid)
     return back
 
-# %% ../nbs/05d_block.ipynb #7d078a67
+# %% ../nbs/05d_block.ipynb #fea4d0bd
 def _expert(t, s, h, p, tokens):
     other = lambda l: l[2] if l[1] == s.hidden else l[1]
     first, last, width = p.layers[0], p.layers[-1], s.auto or h.width
@@ -115,6 +115,8 @@ def _expert(t, s, h, p, tokens):
 
 
 def _experts(t, s, h, p, shapes):
+    scores = t.op([h], s.tokens * shapes.experts, 4, keeps=[h] if s.trained else (), keeps_out=True, trained=s.hidden * shapes.experts * s.weight if s.trained else 0)  # the router
+    t.drop(scores)
     each = max(1, p.experts) if s.loop else 1
     outs = []
     for _ in range(min(each, 8)): outs.append(_expert(t, s, h, p, s.tokens * shapes.experts_used // min(each, 8)))

@@ -12,7 +12,7 @@ from .shapes import Shapes
 from .stack import LOSSES
 from .tape import Step, Tape, cast, norm
 
-# %% ../nbs/05e_head.ipynb #c72f57b7
+# %% ../nbs/05e_head.ipynb #d9245802
 def _tiled(t, s, h, weight, n, vocab, tile):
     rows, columns = min(n, tile[0] or _rows(n, vocab, s.hidden)), min(vocab, tile[1] or vocab)
     width = s.auto or h.width
@@ -46,8 +46,8 @@ def _whole(t, s, h, weight, n, vocab, loss):
     result = t.op([shares], 1, 4)
     copy = t.new(logits.numbers, 4) if loss.held == 2 and s.auto else None
     t.drop(shares, y, *alive)
-    if not loss.held: t.drop(logits)
-    return result, [x for x in (logits if loss.held else None, copy) if x]
+    if not loss.held or copy: t.drop(logits)
+    return result, [copy or logits] if loss.held else []
 
 # %% ../nbs/05e_head.ipynb #080c3688
 @dataclass(frozen=True)

@@ -157,11 +157,12 @@ def _plot(plan):
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
-# %% ../nbs/06_memory.ipynb #471b4448
+# %% ../nbs/06_memory.ipynb #8de4d6d6
 def _notes(shapes, setup, plan_process, usable, fits, why):
     u, b = setup, base(shapes, setup)
     yield f"Versions: {LOSSES[u.loss].title}; peft 0.21, transformers 5.23, torch 2.13 unless the loss names an older one. The longest row has {u.length:,} tokens: shorter ones need less."
     if why: yield f"The band is wider than usual: {why}."
+    if u.quantization != "none" and not b.quantized: yield f"Nothing is quantized: the layers of {shapes.model_type} are a class of their own, and transformers takes nn.Linear only. This is LoRA on a 16-bit base."
     if b.experts and u.quantization != "none" and not u.quantized_experts: yield f"The experts ({human_bytes(2 * b.experts)}) stay in 16 bit: transformers quantizes linear layers, and fused experts are one parameter."
     if u.target_parameters: yield "Adapters on fused experts: peft adds their product to a copy of a block's experts, which is in the numbers."
     if any(w.kind == "state-space" for w in shapes.weights): yield "State space: computed as with its CUDA kernels (causal-conv1d, mamba-ssm). Without them the scan runs in Python and needs many times more."

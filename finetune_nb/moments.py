@@ -55,7 +55,7 @@ def hidden_int8(
     if step.quantized != "int8" or setup.checkpointing != "nonreentrant": return 0
     return sum(2 * step.tokens * min(p.blocks, shapes.layers) * sum({size for _, size, _ in p.layers}) for p in parts(shapes) if p.kind != "expert")
 
-# %% ../nbs/05h_moments.ipynb #932ed4a4
+# %% ../nbs/05h_moments.ipynb #e3893dc4
 @dataclass(frozen=True)
 class Moments:
     "Bytes allocated on one GPU at the worst moment of each phase, and what they are made of"
@@ -70,14 +70,14 @@ class Moments:
 def _activations(shapes, setup):
     u, step = setup, step_of(shapes, setup)
     layer = layout(shapes)[3]
-    first = BYTES[u.base_dtype] if u.kbit_prepared == "norms" and step.stream == 4 else 0
+    first = BYTES[u.base_dtype] if u.kbit_prepared != "all" and step.stream == 4 > step.weight else 0
     b = blocks(shapes, step, u.checkpointing == "reentrant" and not gathered(shapes, u).leak, first)
     head_width = 4 if u.kbit_prepared == "all" else step.weight
     head = run_head(step, shapes.vocab, u.loss if shapes.vocab else "none", weight=head_width, labelled=u.labelled, layer=layer)
     small = replace(step_of(shapes, u, u.eval_batch, u.eval_length or u.length), dropout=False)
     return step, b, head, blocks(shapes, small), run_head(small, shapes.vocab, u.loss if shapes.vocab else "none", weight=head_width, labelled=u.labelled, layer=layer), small
 
-# %% ../nbs/05h_moments.ipynb #6f91b6fb
+# %% ../nbs/05h_moments.ipynb #9b3b71d5
 def _common(shapes, setup, step):
     s, g = static(shapes, setup), gathered(shapes, setup)
     mask = step.rows * step.length**2 * (step.stream if step.kernel == "eager" else 1) if step.masked else 0
@@ -107,7 +107,7 @@ def moments(
     idle = rest | {"weights": s.weights}
     kept_logits = u.eval_batch * (u.eval_length or u.length) * shapes.vocab * 4 if u.eval_logits else 0
     evaluation = rest | dict(block=eval_blocks.first, logits=max(0, eval_head.first - eval_blocks.first) + kept_logits, activations=small.tokens * shapes.hidden * small.stream)
-    packing = base(shapes, u).largest * step.weight if step.quantized else 0
+    packing = base(shapes, u).largest * step.weight if base(shapes, u).quantized else 0
     load = {k: v for k, v in idle.items() if k in ("weights", "quantization constants")} | dict(temporaries=packing)
     worst = lambda found: max(found, key=lambda d: sum(d.values()))
     return Moments(load, worst(ahead), worst(sums), idle | dict(gradients=s.gradients, temporaries=s.temporary, logits=head.held, activations=2 * x if head.held and again and not full else 0), evaluation)

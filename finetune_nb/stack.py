@@ -13,14 +13,14 @@ from .hardware import Machine, choose
 from .recipe import names
 from .targets import targets
 
-# %% ../nbs/05b_stack.ipynb #606c359a
+# %% ../nbs/05b_stack.ipynb #e0268d3e
 @dataclass(frozen=True)
 class Loss:
     "What one release does between the last hidden state and the loss"
     title: str  # which libraries do it
     upcast: str = "no"  # is there a 32-bit copy of the logits: "no", "late" (the 16-bit ones stay), "early" (they go)
     shifted: bool = False  # is there one more copy without the last position
-    held: int = 0  # does the caller hold the model's outputs while gradients are computed: 0 no, 1 yes, 2 with accelerate's 32-bit copy of them
+    held: int = 0  # does the caller hold the model's outputs while gradients are computed: 0 no, 1 yes, 2 under autocast accelerate's 32-bit copy of them instead
     tile: tuple = ()  # (tokens, vocabulary) computed at a time by a fused loss; () computes all at once
     flat: float = 0.0  # bytes per logit where a kernel was measured and its operations are not public
     source: str = ""  # where this is from
@@ -33,11 +33,11 @@ LOSSES = {
     "transformers-5-held": Loss("transformers 5, own loop that keeps the outputs", "late", held=1, source="79 runs of fitcheck-llm 0.3.1 on a T4"),
     "transformers-4.48": Loss("transformers 4.46 to 4.5x Trainer", "late", shifted=True, source="fms-acceleration on A100: 14.00 bytes per logit"),
     "transformers-4.45": Loss("transformers up to 4.45 Trainer", "early", shifted=True, source="fms-acceleration on A100: 12.1 bytes per logit"),
-    "gpt_bigcode-4.48": Loss("GPTBigCode in transformers 4.48", shifted=True, held=2, source="fms-acceleration on A100: 18 bytes per logit under autocast, 8 without"),
+    "gpt_bigcode-4.48": Loss("GPTBigCode in transformers 4.48", shifted=True, held=2, source="fms-acceleration on A100: 16 bytes per logit under autocast, 8 without"),
     "16bit": Loss("logits and loss in 16 bit", source="Liger's benchmark baseline: 6 bytes per logit"),
     "foak": Loss("fms-acceleration's fused cross-entropy, transformers 4.45", flat=8, source="fms-acceleration on A100: 7.94 to 8.00 bytes per logit"),
     "foak-4.48": Loss("fms-acceleration's fused cross-entropy, transformers 4.48", flat=10, source="fms-acceleration on A100: 10.0 bytes per logit"),
-    "foak-held": Loss("the same for GPTBigCode, whose outputs are held", flat=14, source="fms-acceleration on A100: 14 bytes per logit under autocast"),
+    "foak-held": Loss("the same for GPTBigCode, whose outputs are held", flat=12, source="fms-acceleration on A100: 12 bytes per logit under autocast"),
     "liger": Loss("Liger's fused linear cross-entropy", tile=(0, 0), source="liger_kernel fused_linear_cross_entropy: rows so that a tile has about T x H numbers"),
     "cce": Loss("Cut Cross-Entropy (Apple, in axolotl)", tile=(1024, 1024), source="no logits in memory; the gradient of the hidden states is"),
     "litgpt": Loss("litgpt: cross-entropy in pieces of 128 tokens over 16-bit logits", flat=6, source="litgpt/utils.py chunked_cross_entropy"),

@@ -99,7 +99,7 @@ class Tape(_Forward):
                 self.drop(i.grad, d)
                 i.grad = total
 
-# %% ../nbs/05c_tape.ipynb #494e5f15
+# %% ../nbs/05c_tape.ipynb #2dfdd03c
 @dataclass(frozen=True)
 class Step:
     "Sizes and widths of one forward and backward pass on one GPU"
@@ -122,6 +122,7 @@ class Step:
     kernel: str = "sdpa"  # of attention
     masked: bool = False  # does attention get a mask of length x length
     fused: bool = False  # fused norms and rotary embedding
+    wide: bool = False  # norms multiply by their weight in 32 bit (Gemma, OLMo 2, Qwen 3.5)
     cpu: bool = False  # on a processor, where dropout keeps a whole copy
     loop: bool = False  # experts one by one, each a module (transformers up to 4), instead of grouped
 
@@ -190,7 +191,7 @@ def linear(
     y = _base(t, s, x, size, out, name)
     return _adapter(t, s, x, y, size, out) if s.adapts(name) and not s.trained else y
 
-# %% ../nbs/05c_tape.ipynb #20321316
+# %% ../nbs/05c_tape.ipynb #7f1b6c6d
 def norm(t, s, x, numbers=0, layer=False, width=0):
     "RMSNorm or LayerNorm as transformers writes it, or a fused one"
     trained = 1 if s.trained else 0
@@ -203,7 +204,7 @@ def norm(t, s, x, numbers=0, layer=False, width=0):
     wide = cast(t, x, 4)
     scaled = t.op([wide], x.numbers, 4, keeps=[wide], before=4 * x.numbers, during=12 * x.numbers)
     t.drop(wide)
-    narrow = cast(t, scaled, x.width)
+    narrow = cast(t, scaled, x.width if not (s.wide and s.trained) else 4)
     t.drop(scaled)
     out = t.op([narrow], x.numbers, max(x.width, width or x.width), keeps=[narrow] if s.trained else (), trained=trained)
     t.drop(narrow)
