@@ -92,7 +92,7 @@ def case(root, name, way):
     out = dict(losses=[round(l.get("loss", l.get("eval_loss")), 6) for l in done["history"] if "loss" in l or "eval_loss" in l], trained=done["trained"], seconds=seconds)
     if way == "one": return out
     ours, one = weights(folder), weights(root / f"{name}-one")
-    if ours.keys() != one.keys(): return out | dict(weights="other names")
+    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in one.items()}: return out | dict(weights="other names or shapes")
     return out | dict(largest_difference=max(float((ours[k] - one[k]).abs().max()) for k in one), largest_weight=max(float(v.abs().max()) for v in one.values()))
 
 

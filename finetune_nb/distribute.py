@@ -65,7 +65,7 @@ def sends(
     if way == "zero2": return int(part * gradients * (passes + 1))
     return int(part * passes * (2 * weights + gradients))
 
-# %% ../nbs/13_distribute.ipynb #bb34cca3
+# %% ../nbs/13_distribute.ipynb #b063a719
 SEEN = "two processes held against one, bench/results/2026-11-25-distribute.json"
 
 
@@ -73,9 +73,10 @@ def clashes(
     recipe,  # a Recipe
     way,  # a key of WAYS
     processes,  # how many train together
+    shapes=None,  # the model's Shapes, if known
 ):
     "Problems of a recipe with a way of sharing: errors are not legal, warnings are worth knowing"
-    r, qlora, adapters = recipe, recipe.method == "qlora", recipe.method != "full"
+    r, qlora, adapters, fused = recipe, recipe.method == "qlora", recipe.method != "full", any(w.kind == "expert" and len(w.shape) == 3 for w in (shapes.weights if shapes else ()))
     weights, zero3, deepspeed = way in DIVIDES_WEIGHTS, way in ("zero3", "zero3_offload"), way in STAGE
     small = r.optimizer in ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
     errors = [
@@ -85,6 +86,7 @@ def clashes(
         (adapters and weights and r.lora_init in CHANGES_BASE, "lora_init", "changes the base, and the way back to an ordinary adapter is lost while the weights are divided", "Use parallel: zero2, or lora_init: default", r.lora_init, "peft issue 1826 and accelerate issue 2886 for older versions; saving is not written here"),
         (adapters and zero3 and r.lora_init == "eva", "lora_init", "needs whole weights before training starts", "Use parallel: zero2, or lora_init: default", "eva", SEEN),
         (adapters and way == "fsdp" and "lm_head" in r.modules_to_save, "modules_to_save", "would train the output layer of each process apart: TRL's loss reads it past FSDP, so its gradient is not averaged", "Use parallel: zero3 or zero2", r.modules_to_save, SEEN),
+        (adapters and zero3 and fused and r.lora_targets == "all-linear", "lora_targets", "would silently leave out the experts: they are found by their shape, and ZeRO-3 has emptied the weights by then", "Use parallel: fsdp", r.lora_targets, SEEN),
         (way == "fsdp" and small, "optimizer", "does not know divided tensors", "Use optimizer: adamw_torch_fused", r.optimizer, f"bitsandbytes issue 1633, LLaMA-Factory issue 5619; {SEEN}"),
         (r.optimizer == "adafactor" and way != "none", "optimizer", "keeps one number for a row and a column: FSDP2 refuses that, and DeepSpeed lays weights flat, which silently makes it another optimizer", "Use optimizer: adamw_torch_fused", "adafactor", SEEN),
     ]
@@ -176,7 +178,7 @@ def commands(
     rank = lambda n: f" --machine_rank {n}" if nodes > 1 else ""
     return [f"accelerate launch --config_file {Path(folder) / 'accelerate.yaml'}{rank(n)} -m finetune_nb.launch {run}" for n in range(nodes)]
 
-# %% ../nbs/13_distribute.ipynb #699b0033
+# %% ../nbs/13_distribute.ipynb #138b17a8
 @dataclass(frozen=True)
 class Option:
     "A way of sharing, judged"
@@ -208,7 +210,7 @@ def judge(
     wide = {"float32": 4}.get(s.autocast if s.autocast != "none" else s.base_dtype, 2)
     weights = shapes.total * (0.52 if r.method == "qlora" else wide)  # 4.127 bits: QLoRA paper, double quantization
     gradients = sum(trained(shapes, s)) * (4 if full and way in ("none", "fsdp") or s.adapter_dtype == "float32" and not full else 2)
-    against = "; ".join(str(x) for x in clashes(recipe, way, processes) if x.level == "error")
+    against = "; ".join(str(x) for x in clashes(recipe, way, processes, shapes) if x.level == "error")
     return Option(way, p.low, p.peak_bytes, p.high, p.ram.expected, sends(way, weights, gradients, processes, r.accumulation), p.fits, against)
 
 # %% ../nbs/13_distribute.ipynb #6c7eb913
@@ -270,7 +272,7 @@ def _reason(best, options, usable):
     if slow: said.append(f"{slow.way} would fit too but send {slow.sent / max(best.sent, 1):.3g} times as much")
     return "; ".join(said)
 
-# %% ../nbs/13_distribute.ipynb #89546e82
+# %% ../nbs/13_distribute.ipynb #210fdbe2
 def choose(
     shapes,  # the model's Shapes
     recipe,  # a Recipe
@@ -291,7 +293,7 @@ def choose(
     if not fitting: raise _too_small(shapes, recipe, legal, n, usable)
     quick = [o for o in fitting if o.way != "zero3_offload"] or fitting
     best = next(o for o in quick if o.sent <= 1.05 * min(q.sent for q in quick))
-    warnings = [str(p) for p in clashes(recipe, best.way, n) if p.level == "warning"]
+    warnings = [str(p) for p in clashes(recipe, best.way, n, shapes) if p.level == "warning"]
     if best.high > usable: warnings.append(f"at the upper end of the estimate ({human_bytes(best.high)}) it would not fit: rehearse it before a long run")
     if n > shapes.layers: warnings.append(f"{n} GPUs are more than the model's {shapes.layers} decoder blocks: legal, but each piece is small and traffic decides the speed")
     if recipe.batch_size * recipe.accumulation % n: warnings.append(share(recipe, n)[1])

@@ -52,7 +52,7 @@ def _end(process):
         try: return process.wait(patience)
         except subprocess.TimeoutExpired: continue
 
-# %% ../nbs/13a_launch.ipynb #360d6097
+# %% ../nbs/13a_launch.ipynb #79814cad
 @dataclass(frozen=True)
 class Trained:
     "What the processes left behind"
@@ -76,7 +76,7 @@ def train(
     "Train in several processes; the adapter, or the model, is in folder/adapter afterwards"
     folder = Path(folder).resolve()
     place, recipe = folder / "parallel", load(folder / "recipe.yaml")
-    stop_on_errors(clashes(recipe, known_way(way), processes), warn=say)
+    stop_on_errors(clashes(recipe, known_way(way), processes, shapes), warn=say)
     if way in STAGE: require("deepspeed", "'finetune_nb[parallel]'", f"parallel: {way}")
     for old in [place / "done.json", place / "stop", *place.glob("error-*.json")]: old.unlink(missing_ok=True)
     numbers = sum(trained(shapes, setup(recipe, shapes=shapes)))
