@@ -127,7 +127,7 @@ def taken_for_experts(
     like = dict(mixtral="mixtral") | _literal("transformers", "conversion_mapping.py", "_MODEL_TO_CONVERSION_PATTERN")
     return tuple(_literal("peft", "utils/transformers_weight_conversion.py", "_MOE_TARGET_MODULE_MAPPING").get(like.get(model_type), ()))
 
-# %% ../nbs/03c_targets.ipynb #07ff445d
+# %% ../nbs/03c_targets.ipynb #fc087161
 def _could(w): return w.linear or _fused(w) or _bare(w)
 
 
@@ -158,7 +158,7 @@ def _alone(shapes, wanted, more):
         out[shown, why] = None
     return tuple(out)
 
-
+# %% ../nbs/03c_targets.ipynb #6a651f30
 def targets(
     shapes,  # a Shapes
     quantized=False,  # are the linear layers stored in 4 or 8 bits
