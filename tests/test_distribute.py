@@ -185,7 +185,7 @@ except KeyboardInterrupt: print("interrupted")
 
 
 def test_ctrl_c_ends_after_a_step_and_the_run_can_be_resumed(tiny_model, rows, tmp_path):
-    folder = run_folder(tmp_path / "run", recipe("lora", tiny_model, rows, epochs=60.0, eval_steps=200, save_steps=200, best_at_end=False), rows, "none")
+    folder = run_folder(tmp_path / "run", recipe("lora", tiny_model, rows, epochs=20.0, eval_steps=100, save_steps=100, best_at_end=False), rows, "none")
     process = start(sys.executable, "-c", START, folder, "new", cwd=HERE.parent)
     for line in process.stdout:
         if line.startswith("train "): break
@@ -193,10 +193,25 @@ def test_ctrl_c_ends_after_a_step_and_the_run_can_be_resumed(tiny_model, rows, t
     code, out, err = ended(process, timeout=120)
     assert code == 0 and "stopping after this step" in out and out.rstrip().endswith("interrupted"), err[-3000:]
     stopped = [p.name for p in (folder / "checkpoints").glob("checkpoint-*")]
-    assert len(stopped) == 1 and 0 < int(stopped[0].split("-")[1]) < 180 and saved_weights(folder / "interrupted") and not (folder / "adapter").exists()
+    assert len(stopped) == 1 and 0 < int(stopped[0].split("-")[1]) < 60 and saved_weights(folder / "interrupted") and not (folder / "adapter").exists()
     code, out, err = ended(start(sys.executable, "-c", START, folder, "resume", cwd=HERE.parent), timeout=120)
-    assert code == 0 and out.rstrip().endswith("done 180"), err[-3000:]
+    assert code == 0 and out.rstrip().endswith("done 60"), err[-3000:]
     assert saved_weights(folder / "adapter")
+
+
+def test_two_machines(tiny_model, rows, one, tmp_path):
+    "one process on each of two machines, which are both this one; the rows come from the recipe"
+    from finetune_nb import job
+    r = recipe("lora", tiny_model, rows)
+    write_atomic(tmp_path / "recipe.yaml", to_yaml(r))
+    _, choices = job.check(r, say=lambda line: None)
+    lines = launch.prepare(tmp_path, known("smollm2-135m"), "none", 1, choices, nodes=2, address="127.0.0.1")
+    started = [start(sys.executable, "-m", "accelerate.commands.launch", *line.split()[2:], cwd=HERE.parent, PYTHONPATH=str(HERE.parent)) for line in lines]
+    assert len(lines) == 2
+    for process in started:
+        code, out, err = ended(process, timeout=240)
+        assert code == 0, err[-3000:]
+    assert history(tmp_path) == pytest.approx(one["lora"][0], rel=1e-4)
 
 
 def test_a_mistake_in_a_process_is_told_as_one(tiny_model, rows, tmp_path):
