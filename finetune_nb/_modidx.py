@@ -300,6 +300,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'finetune_nb.launch._rehearse': ('launch.html#_rehearse', 'finetune_nb/launch.py'),
                                     'finetune_nb.launch._told': ('launch.html#_told', 'finetune_nb/launch.py'),
                                     'finetune_nb.launch._work': ('launch.html#_work', 'finetune_nb/launch.py'),
+                                    'finetune_nb.launch.prepare': ('launch.html#prepare', 'finetune_nb/launch.py'),
                                     'finetune_nb.launch.result': ('launch.html#result', 'finetune_nb/launch.py'),
                                     'finetune_nb.launch.save': ('launch.html#save', 'finetune_nb/launch.py'),
                                     'finetune_nb.launch.settle': ('launch.html#settle', 'finetune_nb/launch.py'),
