@@ -72,18 +72,19 @@ def measured():
     "[{row, phase, measured, simulated, error}] for the rows that a simulation covers"
     found, done = [], {}
     for row in R.read(HERE / "measured.csv"):
-        if R.stack_of(row) != "hf" or row["spec"] != "A" or R.left_out(row) or R.model_of(row) not in KNOWN: continue
-        known = KNOWN[R.model_of(row)]
-        setup = replace(R.setup_of(row, R.shapes_of(known.name)), quantized_experts=False)
-        if setup.gpus > 1 or setup.loss not in LOSSES or setup.quantization == "gptq" or setup.kbit_prepared == "norms" or R.shapes_of(known.name).experts: continue
-        key = known.name, setup
+        if R.stack_of(row) != "hf" or row["spec"] != "A" or R.left_out(row): continue
+        name = R.model_of(row)
+        config = R.EXTRA[name] if name in R.EXTRA else KNOWN[name].config | dict(model_type=KNOWN[name].model_type)
+        setup = replace(R.setup_of(row, R.shapes_of(name)), quantized_experts=False)
+        if setup.gpus > 1 or setup.loss not in LOSSES or setup.quantization == "gptq" or setup.kbit_prepared == "norms" or R.shapes_of(name).experts: continue
+        key = name, setup
         if key not in done:
-            done[key] = simulate(known.config | dict(model_type=known.model_type), setup)
-            print(known.name, setup.method, setup.batch, setup.length, setup.attention, flush=True)
+            done[key] = simulate(config, setup)
+            print(name, setup.method, setup.batch, setup.length, setup.attention, flush=True)
         number, size = R.measured(row)
         sizes = {"peak": (size, done[key].allocated)} | {p: (float(row[f"{p}_mib"]) * 2**20, done[key].phases[p]) for p in PHASES if row[f"{p}_mib"]}
         for phase, (true, simulated) in sizes.items():
-            found.append(dict(source=row["source"], gpu=row["gpu"], model=known.name, method=setup.method, attention=setup.attention, rows=setup.batch, length=setup.length, phase=phase, measured=round(true), simulated=simulated, error=simulated / true - 1))
+            found.append(dict(source=row["source"], gpu=row["gpu"], model=name, method=setup.method, attention=setup.attention, rows=setup.batch, length=setup.length, phase=phase, measured=round(true), simulated=simulated, error=simulated / true - 1))
     return found
 
 
