@@ -18,7 +18,7 @@ from .core import Problem, UserError, markdown_table
 from .shapes import KINDS, Shapes
 from .tree import shapes_of
 
-# %% ../nbs/03c_targets.ipynb #1ba606f0
+# %% ../nbs/03c_targets.ipynb #d97b500b
 PAST = {"out_proj": ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h", "zamba2"),  # transformers 5.23: weights given to a fused kernel
         "dt_proj": ("falcon_mamba", "jamba", "mamba"), "x_proj": ("falcon_mamba", "mamba")}
 LOST = {"laguna": "shared_experts", "inkling2_text": "weight_proj"}  # part of a name that peft 0.21 with transformers 5.23 changes when it loads an adapter, so that it misses its layer
@@ -29,7 +29,7 @@ WHY = {"norm": "a vector has no rank to adapt", "embedding": "needed only for ne
 def _why(w, shapes):
     leaf = w.module.rpartition(".")[2]
     if w.kind in ("norm", "router", "head", "embedding"): return WHY[w.kind]
-    if re.search(r"\.(encoder_attn|crossattention|cross_attn)\.", w.name) or shapes.model_type == "mllama" and not w.inside and ".layers." in w.name: return "cross-attention, which text alone does not enter"
+    if re.search(r"\.(encoder_attn|crossattention|cross_attn)\.", w.name) or shapes.model_type.startswith("mllama") and not w.inside and ".layers." in w.name: return "cross-attention, which text alone does not enter"
     if not w.inside: return "shared by several blocks: their adapters could not be merged into one matrix" if re.search(r"\.\d+\.", w.name) else "outside the decoder blocks"
     if w.kind == "state-space" and shapes.model_type in PAST.get(leaf, ()): return "its training kernel reads the weight past the layer, so an adapter would not be called"
     if LOST.get(shapes.model_type, "?") in w.module.split("."): return "peft changes its name when the adapter is loaded and loses it"

@@ -1,4 +1,4 @@
-"The targets train, save, reload and merge on every causal language model of the installed transformers (about 40 seconds of processor time in all)"
+"The targets train, save, reload and merge on every causal language model of the installed transformers (about a minute of processor time in all)"
 import dataclasses
 import json
 import sys
@@ -10,7 +10,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 import architectures
-from architectures import NOT_BUILT, TYPES, holds, prove
+from architectures import BY_HAND, NOT_BUILT, TYPES, holds, prove, tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from finetune_nb.targets import targets
+from finetune_nb.tree import of, read
 
 RECORDED = max((ROOT / "bench" / "results").glob("*-architectures.json"))
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -36,6 +40,17 @@ def test_the_record_covers_every_type(recorded):
     failed = {k for k, r in recorded.items() if not holds(r)}
     assert failed == set(NOT_BUILT) and all(recorded[k]["reason"] for k in failed)
     assert len(recorded) - len(failed) >= 180
+
+
+def layers(shapes): return {(w.name.split(".*.")[1], w.kind, w.linear) for w in shapes.weights if w.inside and len(w.shape) > 1}
+
+
+@pytest.mark.parametrize("kind", [k for k in TYPES if k not in (*NOT_BUILT, "dbrx", "reformer")])  # these two have no full configuration by default
+def test_the_tiny_instance_has_every_layer_of_the_full_one(kind):
+    with torch.device("meta"): small = AutoModelForCausalLM.from_config(tiny_config(kind))
+    small, full = of(small), read(AutoConfig.for_model(kind, **BY_HAND.get(kind, {}).get("first", {})), kind)
+    assert not layers(full) - layers(small)
+    assert bool(targets(full).exclude) == bool(targets(small).exclude)
 
 
 # ---- can it fail?
