@@ -145,6 +145,35 @@ def test_what_needs_no_run_answers(argv, keys, here, capsys):
     assert code == 0 and out.strip() and not out.startswith("{")
 
 
+PLANNED = {
+    "targets": (["pythia-1.4b"], {"model_type", "target_modules", "target_parameters", "blocks", "trainable", "total", "coverage", "reason"}),
+    "plan": (["--model", "llama-3.1-8b", "--card", "4090", "-p", "method", "qlora"], {"peak_bytes", "low", "high", "phases", "breakdown", "fits", "suggestion"}),
+    "parallel": (["--model", "llama-3.1-70b", "--gpus", "8", "--vram", "80"], {"choice", "per_gpu_bytes", "reason", "files"}),
+}
+
+
+@pytest.mark.parametrize("verb", PLANNED)
+def test_what_is_asked_before_a_run_keeps_its_contract(verb, here, capsys):
+    argv, keys = PLANNED[verb]
+    code, out, err = call(capsys, verb, *argv, "--json")
+    assert code == 0 and keys <= only_object(out).keys() and "Traceback" not in err
+    code, out, err = call(capsys, verb, *argv)
+    assert code == 0 and out.strip() and not out.startswith("{")
+
+
+def test_parallel_writes_its_files(here, capsys):
+    code, out, _ = call(capsys, "parallel", *PLANNED["parallel"][0], "--out", "several", "--json")
+    written = only_object(out)["written"]
+    assert code == 0 and written and all(Path(f).is_file() and Path(f).parent.name == "several" for f in written)
+
+
+@pytest.mark.parametrize("argv, named", [(["plan", "--model", "lama-3.1-8b"], "llama-3.1-8b"), (["plan", "--model", "llama-3.1-8b", "--card", "409"], "4090"), (["targets", "no-weights"], "model_type"),
+                                         (["parallel", "--model", "llama-3.1-405b", "--gpus", "1", "--vram", "12", "-p", "method", "full"], "would do")], ids=lambda a: " ".join(a) if isinstance(a, list) else "")
+def test_a_plan_that_cannot_be_made_says_what_would_do(argv, named, here, capsys):
+    code, out, err = call(capsys, *argv)
+    assert code == 2 and named in err and "Traceback" not in err and not out
+
+
 # ---- mistakes that only the notebook finds: a folder is left that says what happened
 
 def cases(folder, tiny_model, tiny_rows):

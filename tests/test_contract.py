@@ -124,7 +124,7 @@ ACCEPTED = dict(scheduler=scheduler, optimizer=OptimizerNames, lora_init=start, 
 
 def test_every_choice_of_the_recipe_is_looked_at():
     "A new setting with a list of words must be added above, or here with the reason"
-    ours = {"train_on", "method"}  # words of this package, translated by it
+    ours = {"train_on", "method", "parallel"}  # words of this package, translated by it
     assert {n for n in FIELDS if literals(n) and typing.get_origin(FIELDS[n].annotation) is typing.Literal} - ours == {*LITERALS, "compute_dtype"}
     assert literals("compute_dtype") == literals("dtype")
 

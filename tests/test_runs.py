@@ -100,7 +100,8 @@ def test_the_numbers_are_those_of_the_run(whole, values):
     assert scores["after"]["metrics"] == metrics["after"] and read_json(run / "comparison.json")["verdict"] == answer["verdict"]
     recipe = load(run / "recipe.yaml")
     assert all(getattr(recipe, k) == v for k, v in values.items())
-    assert facts["seconds"].keys() == {"rows", "model", "before", "prepare", "train", "after"} and set(facts["versions"]) <= {l.split("==")[0] for l in (run / "environment.txt").read_text().splitlines()}
+    assert facts["seconds"].keys() == {"rows", "model", "before", "prepare", "rehearse", "train", "after"} and set(facts["versions"]) <= {l.split("==")[0] for l in (run / "environment.txt").read_text().splitlines()}
+    assert facts["plan"]["fits"] and facts["plan"]["setup"]["length"] < 400 and "rehearsal" not in facts  # too short a run to be rehearsed
     assert "finetune_nb" not in (run / "plain.py").read_text().partition('"""\n')[2]
 
 
@@ -202,3 +203,14 @@ def test_the_report_opens_offline_and_runs_nothing_from_the_rows(whole):
     assert read_json(run / "comparison.json")["verdict"].split(".")[0] in text and "exact" in text and "tiny" in (run / "report.html").read_text()[:2000]
     outputs = [o["data"] for c in read_json(run / "notebook.ipynb")["cells"] for o in c.get("outputs", []) if "data" in o]
     assert not [o for o in outputs if ATTACK in "".join(o.get("text/html", "")) + "".join(o.get("text/markdown", ""))] and any("&lt;script" in str(o.get("text/html")) for o in outputs)
+
+
+def test_two_processes_train_one_adapter(folder, values):
+    (place := folder / "two").mkdir()
+    several = values | dict(compare=False, max_steps=2, eval_steps=0, save_steps=0, best_at_end=False, lora_dropout=0.0)
+    code, out, err = ended(start(*COMMAND, "run", "--preset", "laptop", *settings(**{k: json.dumps(v) if isinstance(v, bool) else v for k, v in several.items()}), "--processes", "2", "--json", cwd=place))
+    assert code == 0, err[-3000:]
+    answer = json.loads(out)
+    run = place / answer["run"]
+    assert answer["metrics"]["steps"] == 2 and [f.name for f in (run / "adapter").glob("*.safetensors")] == ["adapter_model.safetensors"]
+    assert "2 processes" in (run / "log.txt").read_text() and load(run / "recipe.yaml").processes == 2
