@@ -7,7 +7,7 @@ __all__ = ['WAYS', 'STAGE', 'DIVIDES_WEIGHTS', 'SEEN', 'PLACE', 'SHARDING', 'kno
            'deepspeed_config', 'accelerate_config', 'files', 'write', 'commands', 'Option', 'judge', 'Parallel',
            'usable_bytes', 'choose']
 
-# %% ../nbs/13_distribute.ipynb #b80727d3
+# %% ../nbs/13_distribute.ipynb #b32a98ae
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .core import Problem, UserError, human_bytes, markdown_table, nearest, writ
 from .memory import plan
 from .recipe import CHANGES_BASE
 from .stack import setup
-from .static import trained
+from .static import base, trained
 
 # %% ../nbs/13_distribute.ipynb #245d886b
 WAYS = {  # name -> what is divided among the GPUs; in this order where nothing else decides
@@ -178,7 +178,7 @@ def commands(
     rank = lambda n: f" --machine_rank {n}" if nodes > 1 else ""
     return [f"accelerate launch --config_file {Path(folder) / 'accelerate.yaml'}{rank(n)} -m finetune_nb.launch {run}" for n in range(nodes)]
 
-# %% ../nbs/13_distribute.ipynb #138b17a8
+# %% ../nbs/13_distribute.ipynb #51df9226
 @dataclass(frozen=True)
 class Option:
     "A way of sharing, judged"
@@ -188,7 +188,8 @@ class Option:
     high: int  # the same, at most
     ram: int  # bytes of main memory of one process
     sent: int  # bytes one GPU sends for one optimizer step
-    fits: bool  # by what is expected
+    fits: bool  # is the expected number below the card's
+    tight: bool = False  # it is not, but what tensors need is: PyTorch would have to give back cached memory
     against: str = ""  # what is not legal about it
 
 
@@ -206,14 +207,13 @@ def judge(
     r, _ = share(recipe, processes)
     offload = dict(offload="all") if way == "zero3_offload" else {}
     s = setup(r, shapes=shapes, gpus=processes, sharding="none" if way == "none" and processes == 1 else SHARDING.get(way, way), **offload)
-    p, full = plan(shapes, s, usable), r.method == "full"
-    wide = {"float32": 4}.get(s.autocast if s.autocast != "none" else s.base_dtype, 2)
-    weights = shapes.total * (0.52 if r.method == "qlora" else wide)  # 4.127 bits: QLoRA paper, double quantization
-    gradients = sum(trained(shapes, s)) * (4 if full and way in ("none", "fsdp") or s.adapter_dtype == "float32" and not full else 2)
-    against = "; ".join(str(x) for x in clashes(recipe, way, processes, shapes) if x.level == "error")
-    return Option(way, p.low, p.peak_bytes, p.high, p.ram.expected, sends(way, weights, gradients, processes, r.accumulation), p.fits, against)
+    p, b = plan(shapes, s, usable), base(shapes, s)
+    wide = 4 if s.autocast == "none" and s.base_dtype == "float32" else 2
+    gradients = sum(trained(shapes, s)) * (4 if way == "none" and r.method != "qlora" else wide)  # plain copies average in 32 bit, the others in the computing format
+    against, fits = "; ".join(str(x) for x in clashes(recipe, way, processes, shapes) if x.level == "error"), p.peak_bytes <= usable
+    return Option(way, p.low, p.peak_bytes, p.high, p.ram.expected, sends(way, b.quantized + b.scales + b.plain, gradients, processes, r.accumulation), fits, bool(p.fits) and not fits, against)
 
-# %% ../nbs/13_distribute.ipynb #6c7eb913
+# %% ../nbs/13_distribute.ipynb #d3335a64
 @dataclass(frozen=True)
 class Parallel:
     "The way chosen, why, and what is needed to start it"
@@ -232,11 +232,11 @@ class Parallel:
         return asdict(self)
 
     def _repr_markdown_(self):
-        rows = [dict(way=o.way, GPU=human_bytes(o.expected), range=f"{human_bytes(o.low)} to {human_bytes(o.high)}", sent=human_bytes(o.sent), fits="yes" if o.fits else "no", against=o.against or "") for o in self.options]
+        rows = [dict(way=o.way, GPU=human_bytes(o.expected), range=f"{human_bytes(o.low)} to {human_bytes(o.high)}", sent=human_bytes(o.sent), fits="yes" if o.fits else "tight" if o.tight else "no", against=o.against or "") for o in self.options]
         heads = dict(way="way", GPU="one GPU", range="range", sent="sent a step", fits="fits", against="not legal because")
         return "\n\n".join([f"**{self.choice}**: {self.reason}", markdown_table(rows, heads), *(f"- {w}" for w in self.warnings), "```sh\n" + "\n".join(self.commands) + "\n```"])
 
-# %% ../nbs/13_distribute.ipynb #63e82371
+# %% ../nbs/13_distribute.ipynb #e9a44989
 def usable_bytes(
     vram,  # a card's name, its memory in GB as on the box, or in bytes as the machine tells it
 ):
@@ -248,15 +248,10 @@ def usable_bytes(
     if not gb >= 1: raise UserError(Problem("vram", "is not the memory of a GPU", "Give the number of GB on the box, such as 24 or 80", vram))
     return min((c.usable for c in CARDS.values() if c.gb == gb and c.capability != "metal"), default=round(gb * ASSUMED * 2**30))
 
-
-def _counts(gpus, nodes):
-    bad = [Problem(name, "must be a whole number of at least 1", "Give 1 or more", n) for name, n in (("gpus", gpus), ("nodes", nodes)) if not isinstance(n, int) or n < 1]
-    if bad: raise UserError(bad)
-
-# %% ../nbs/13_distribute.ipynb #69522ad5
+# %% ../nbs/13_distribute.ipynb #ea716091
 def _too_small(shapes, recipe, legal, processes, usable):
     least = min(legal, key=lambda o: o.expected)
-    does = min((c for c in CARDS.values() if c.usable >= least.expected and c.capability != "metal"), key=lambda c: c.usable, default=None)
+    does = min((c for c in CARDS.values() if c.usable >= least.expected and c.capability != "metal" and (c.bf16 or recipe.dtype != "bfloat16")), key=lambda c: c.usable, default=None)
     more = next((n for n in (2**k for k in range(11)) if n > processes and any(o.fits and not o.against for o in (judge(shapes, recipe, w, n, usable) for w in WAYS))), None)
     ways = [f"a card of {does.gb:g} GB ({does.name}) is the smallest that would do"] if does else []
     ways += [f"{more} GPUs of this size would do"] if more else []
@@ -272,7 +267,7 @@ def _reason(best, options, usable):
     if slow: said.append(f"{slow.way} would fit too but send {slow.sent / max(best.sent, 1):.3g} times as much")
     return "; ".join(said)
 
-# %% ../nbs/13_distribute.ipynb #210fdbe2
+# %% ../nbs/13_distribute.ipynb #b5b28f7b
 def choose(
     shapes,  # the model's Shapes
     recipe,  # a Recipe
@@ -285,16 +280,18 @@ def choose(
     address="",  # of the first machine
 ):
     "The fastest legal way that fits, with its files"
-    _counts(gpus, nodes)
+    bad = [Problem(name, "must be a whole number of at least 1", "Give 1 or more", n) for name, n in (("gpus", gpus), ("nodes", nodes)) if not isinstance(n, int) or n < 1]
+    if bad: raise UserError(bad)
     n, usable = gpus * nodes, usable_bytes(vram)
     options = tuple(judge(shapes, recipe, way, n, usable) for way in WAYS)
     legal = [o for o in options if not o.against]
-    fitting = [o for o in legal if o.fits]
-    if not fitting: raise _too_small(shapes, recipe, legal, n, usable)
-    quick = [o for o in fitting if o.way != "zero3_offload"] or fitting
-    best = next(o for o in quick if o.sent <= 1.05 * min(q.sent for q in quick))
+    rounds = ([o for o in legal if getattr(o, how) and (o.way == "zero3_offload") == slow] for slow in (False, True) for how in ("fits", "tight"))
+    quick = next((r for r in rounds if r), None)
+    if not quick: raise _too_small(shapes, recipe, legal, n, usable)
+    best = next(o for o in quick if o.sent <= max(1 << 30, 1.05 * min(q.sent for q in quick)))
     warnings = [str(p) for p in clashes(recipe, best.way, n, shapes) if p.level == "warning"]
-    if best.high > usable: warnings.append(f"at the upper end of the estimate ({human_bytes(best.high)}) it would not fit: rehearse it before a long run")
+    if best.tight: warnings.append("tight: what tensors need fits, what PyTorch keeps in its cache beside it does not; rehearse it" + ("" if best.way == "zero3_offload" else ", and take zero3_offload if it fails"))
+    elif best.high > usable: warnings.append(f"at the upper end of the estimate ({human_bytes(best.high)}) it would not fit: rehearse it before a long run")
     if n > shapes.layers: warnings.append(f"{n} GPUs are more than the model's {shapes.layers} decoder blocks: legal, but each piece is small and traffic decides the speed")
     if recipe.batch_size * recipe.accumulation % n: warnings.append(share(recipe, n)[1])
     if best.way in DIVIDES_WEIGHTS and recipe.compare and not judge(shapes, recipe, "none", 1, usable).fits:
