@@ -144,7 +144,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'finetune_nb/distribute.py'),
                                         'finetune_nb.distribute.Parallel.to_json': ( 'distribute.html#parallel.to_json',
                                                                                      'finetune_nb/distribute.py'),
-                                        'finetune_nb.distribute._counts': ('distribute.html#_counts', 'finetune_nb/distribute.py'),
                                         'finetune_nb.distribute._reason': ('distribute.html#_reason', 'finetune_nb/distribute.py'),
                                         'finetune_nb.distribute._too_small': ('distribute.html#_too_small', 'finetune_nb/distribute.py'),
                                         'finetune_nb.distribute.accelerate_config': ( 'distribute.html#accelerate_config',
