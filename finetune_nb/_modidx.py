@@ -623,7 +623,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'finetune_nb.train.fit': ('train.html#fit', 'finetune_nb/train.py'),
                                    'finetune_nb.train.save': ('train.html#save', 'finetune_nb/train.py')},
             'finetune_nb.training': { 'finetune_nb.training._alone': ('training.html#_alone', 'finetune_nb/training.py'),
-                                      'finetune_nb.training._trained_model': ('training.html#_trained_model', 'finetune_nb/training.py'),
                                       'finetune_nb.training.how': ('training.html#how', 'finetune_nb/training.py'),
                                       'finetune_nb.training.needs': ('training.html#needs', 'finetune_nb/training.py'),
                                       'finetune_nb.training.train': ('training.html#train', 'finetune_nb/training.py')},

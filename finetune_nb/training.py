@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['how', 'needs', 'train']
 
-# %% ../nbs/13b_training.ipynb #fb14812d
+# %% ../nbs/13b_training.ipynb #6d3b401d
 from . import launch
 from .cards import from_machine
 from .core import Problem, UserError
-from .distribute import SHARDING, choose
+from .distribute import SHARDING
 from .launch import Trained
 from .memory import plan
 from .stack import setup
 from .tree import shapes_of
 
-# %% ../nbs/13b_training.ipynb #37aa017e
+# %% ../nbs/13b_training.ipynb #91e08a90
 def how(
     recipe,  # a Recipe
     shapes,  # the model's Shapes
@@ -26,7 +26,7 @@ def how(
     if not n: raise UserError(Problem("processes", "must be given on a machine without a GPU", "Set processes, e.g. 2, or parallel: none", recipe.processes))
     if machine.device == "cuda" and n > machine.gpus: raise UserError(Problem("processes", f"is more than the {machine.gpus} GPUs of this machine", f"Give at most {machine.gpus}, or 0 for all", n))
     if recipe.parallel != "auto" or n == 1: return "none" if recipe.parallel == "auto" else recipe.parallel, n
-    return (choose(shapes, recipe, n, machine.vram).choice if machine.vram else "none"), n
+    return launch.settle("auto", n, recipe, shapes, machine)[:2]
 
 # %% ../nbs/13b_training.ipynb #ff856083
 def needs(
@@ -43,7 +43,7 @@ def needs(
     length = {} if recipe.packing else dict(length=max(1, longest))
     return plan(shapes, setup(recipe, machine, shapes, **several, **length), from_machine(machine) or (machine.ram if machine.device == "cpu" else None))
 
-# %% ../nbs/13b_training.ipynb #b40d589a
+# %% ../nbs/13b_training.ipynb #d535dbde
 def train(
     recipe,  # a Recipe
     choices,  # hardware.Choices
@@ -61,7 +61,7 @@ def train(
     way, n = how(recipe, shapes, machine)
     if n > 1 or way != "none":
         with clock("train"): done = launch.train(folder, shapes, way, n, choices, say)
-        return done, _trained_model(recipe, choices, folder), None
+        return done, launch.result(folder, recipe, choices), None
     return _alone(recipe, choices, machine, model, tokenizer, train_rows, held_rows, shapes, folder, clock, say)
 
 
@@ -74,10 +74,3 @@ def _alone(recipe, choices, machine, model, tokenizer, train_rows, held_rows, sh
     with clock("rehearse"): rehearsal = rehearse(trainer, recipe, None if recipe.trust_remote_code else shapes, machine, say=say) if recipe.rehearse else None
     with clock("train"): metrics = fit(trainer, recipe, folder, say)
     return Trained(metrics, trainer.state.global_step, trainer.state.log_history, trained, total), trainer.model, rehearsal
-
-
-def _trained_model(recipe, choices, folder):
-    from finetune_nb import job
-    if recipe.method == "full": return job.model(recipe.model_copy(update=dict(model=str(folder / "adapter"), revision="")), choices)
-    from peft import PeftModel
-    return PeftModel.from_pretrained(job.model(recipe, choices), str(folder / "adapter"))
