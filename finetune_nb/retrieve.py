@@ -146,7 +146,7 @@ def fused(
         return sorted(points, key=lambda i: (-points[i], i))[:k]
     return search
 
-# %% ../nbs/10a_retrieve.ipynb #6bfccc17
+# %% ../nbs/10a_retrieve.ipynb #460f5269
 def _leaves(value):
     if isinstance(value, dict): return [x for v in value.values() for x in _leaves(v)]
     if isinstance(value, list): return [x for v in value for x in _leaves(v)]
@@ -165,7 +165,7 @@ def facts(
     try: parts = _leaves(json.loads(answer))
     except ValueError: parts = [answer] if any(_flat(answer) in t for t in texts) else words(answer)
     asked, few = _flat(question), max(1, len(texts) // 10)
-    return [p for p in dict.fromkeys(map(_flat, parts)) if p.strip() and p not in asked and 0 < sum(p in t for t in texts) <= few]
+    return [p for p in dict.fromkeys(map(_flat, parts)) if p.strip() and p[:-1] not in asked and 0 < sum(p in t for t in texts) <= few]
 
 # %% ../nbs/10a_retrieve.ipynb #e269a06a
 @dataclass
