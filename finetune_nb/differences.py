@@ -74,7 +74,7 @@ def sign_flip(
         p[j] = (np.abs(flips @ sizes[:k, j]) >= limit[j]).mean()
     return p
 
-# %% ../nbs/09e_differences.ipynb #1bbd9a60
+# %% ../nbs/09e_differences.ipynb #effb56d6
 def _spread(sums, n, typical):
     "(standard error, units) of sum(sums) / n, with one more unit counted in for each side"
     import numpy as np
@@ -89,7 +89,7 @@ def pair_interval(
     b,  # scores of the other, same rows
     groups=None,  # the group of each row
 ):
-    "{value, low, high, error}: a minus b with a paired 95 % interval and its standard error"
+    "{value, low, high, error, p}: a minus b with a paired 95 % interval and its standard error; p is None unless McNemar's test applies"
     import numpy as np
     from scipy import stats
     d, n = np.asarray(a, float) - np.asarray(b, float), len(a)
@@ -97,10 +97,10 @@ def pair_interval(
     error, units = _spread(sums, n, n / len(sums))
     if groups is None and set(a) | set(b) <= {0, 1}:
         found = paired_shares(b, a)
-        return {"value": found["value"], "low": found["low"], "high": found["high"], "error": error}
+        return {"value": found["value"], "low": found["low"], "high": found["high"], "error": error, "p": found["p"]}
     half = float(stats.t.ppf(0.975, units - 1)) * error if units > 1 else 1.0
     value = float(d.mean())
-    return {"value": value, "low": max(value - half, -1.0), "high": min(value + half, 1.0), "error": error}
+    return {"value": value, "low": max(value - half, -1.0), "high": min(value + half, 1.0), "error": error, "p": None}
 
 # %% ../nbs/09e_differences.ipynb #2b7f5616
 def holm(
@@ -161,7 +161,7 @@ def smallest_difference(
     found = pair_interval(a, b, groups)["error"] * float(stats.t.ppf(1 - alpha / 2, units - 1) + stats.t.ppf(0.8, units - 1))
     return found if found <= 1 else None
 
-# %% ../nbs/09e_differences.ipynb #830d5236
+# %% ../nbs/09e_differences.ipynb #f3ac1301
 def differences(
     scores,  # {arm: one score from 0 to 1 for each row}, the same rows in the same order, none missing
     groups=None,  # the group of each row; None: rows are independent
@@ -172,11 +172,9 @@ def differences(
     names = list(scores)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1:]]
     if not pairs: return {a: mean_score(s, groups) for a, s in scores.items()}, []
-    if groups is None and all(set(s) <= {0, 1} for s in scores.values()): ps = [paired_shares(scores[b], scores[a])["p"] for a, b in pairs]
-    else: ps = sign_flip(np.stack([_sums(np.subtract(scores[a], scores[b]), groups) for a, b in pairs], 1)).tolist()
-    found = []
-    for (a, b), p, corrected in zip(pairs, ps, holm(ps)):
-        change = pair_interval(scores[a], scores[b], groups)
-        found.append({"a": a, "b": b, **change, "p": p, "p_holm": corrected, "differ": bool(corrected < 0.05 and not change["low"] <= 0 <= change["high"]),
-                      "smallest": smallest_difference(scores[a], scores[b], groups, 0.05 / len(pairs))})
+    found = [{"a": a, "b": b, **pair_interval(scores[a], scores[b], groups)} for a, b in pairs]
+    if left := [p for p in found if p["p"] is None]:
+        for p, flipped in zip(left, sign_flip(np.stack([_sums(np.subtract(scores[p["a"]], scores[p["b"]]), groups) for p in left], 1))): p["p"] = float(flipped)
+    for p, corrected in zip(found, holm([p["p"] for p in found])):
+        p |= {"p_holm": corrected, "differ": bool(corrected < 0.05 and not p["low"] <= 0 <= p["high"]), "smallest": smallest_difference(scores[p["a"]], scores[p["b"]], groups, 0.05 / len(pairs))}
     return {a: mean_score(s, groups) for a, s in scores.items()}, found

@@ -47,7 +47,7 @@ def _usable(scores):
     rows = [i for i in range(n) if all(s[i] is not None for s in kept.values())] if kept else []
     return {a: [float(s[i]) for i in rows] for a, s in kept.items()}, rows, [a for a in scores if a not in kept]
 
-# %% ../nbs/10_verdict.ipynb #1b6cebad
+# %% ../nbs/10_verdict.ipynb #0cc4ae41
 def _against(pairs, x, y):
     "The difference x minus y, turned the right way round"
     p = next(p for p in pairs if {p["a"], p["b"]} == {x, y})
@@ -57,7 +57,8 @@ def _against(pairs, x, y):
 def _decide(names, pairs, kinds, matters):
     "(answer, chosen arm, arm it was shown to beat or None, open arms) by the rule above; names are from simple to complex"
     at, before = names[0], None
-    while better := [x for x in names if x != at and (d := _against(pairs, x, at))["differ"] and d["value"] > 0]: before, at = at, better[0]
+    worth = lambda d: d["differ"] and d["value"] > 0 and d["high"] >= matters  # many rows show differences that do not matter
+    while better := [x for x in names if x != at and worth(_against(pairs, x, at))]: before, at = at, better[0]
     opened = [x for x in names if x != at and _against(pairs, x, at)["high"] >= matters and (names.index(x) > names.index(at) or before)]
     tuned = [x for x in names if "finetune" in kinds[x]]
     flat = all(abs(p[k]) < matters for p in pairs for k in ("low", "high"))
@@ -67,7 +68,7 @@ def _decide(names, pairs, kinds, matters):
     elif answer == "don't fine-tune" and (not tuned or set(opened) & set(tuned)): answer = kinds[at]
     return answer, at, before, opened
 
-# %% ../nbs/10_verdict.ipynb #334bf125
+# %% ../nbs/10_verdict.ipynb #3a34d0b6
 def _points(d, sign="+"):
     "A difference as people read it: `+15.0 points [8.1, 21.9]`"
     return f"{100 * d['value']:{sign}.1f} points [{100 * d['low']:{sign}.1f}, {100 * d['high']:{sign}.1f}]"
@@ -96,7 +97,7 @@ def _sentence(answer, at, before, opened, names, pairs, rows, matters, costs):
     if not before:
         rest = [x for x in names if x != at]
         lead = "Don't fine-tune" if answer == "don't fine-tune" else f"Stay with {at}"
-        return f"{lead}: {at} is as good and {_cheaper(at, rest, costs)}. No other arm is better by {points} ({best}: {_points(_against(pairs, best, at))})."
+        return f"{lead}: {at} is at least as good and {_cheaper(at, rest, costs)}. No other arm is better by {points} ({best}: {_points(_against(pairs, best, at))})."
     d = _against(pairs, at, before)
     lead = answer[0].upper() + answer[1:] if answer in ORDER.values() else f"Take {at}"
     text = f"{lead}: {at} is better than {before} by {_points(d, '')} ({_p(d['p_holm'])} after correction for {len(pairs)} {'pairs' if len(pairs) > 1 else 'pair'})."
@@ -152,7 +153,7 @@ class Verdict:
         tables = "".join(f"<table>{row('th', t[0])}{''.join(row('td', r.values()) for r in t)}</table>" for t in self._sections())
         return f"<p><b>{e(self.text)}</b></p>{tables}<ul>{''.join(f'<li>{e(n)}</li>' for n in self.notes)}</ul>"
 
-# %% ../nbs/10_verdict.ipynb #7b7841c6
+# %% ../nbs/10_verdict.ipynb #61a1e637
 def _plot(v):
     from matplotlib.figure import Figure
     grey, seen = "#808080", "#2a8fd0"
@@ -173,10 +174,10 @@ def _plot(v):
     bars(right, [(f"{p['a']} − {p['b']}", p["value"], p["low"], p["high"], seen if p["differ"] else grey) for p in turned])
     right.axvline(0, color=grey, lw=1.5)
     right.axvspan(-100 * v.matters, 100 * v.matters, color=grey, alpha=0.15, lw=0)
-    for axes, title in ((left, "score, 95 % interval"), (right, "difference in points; band: too small to matter")): axes.set_title(title, color=grey, fontsize=10)
+    for axes, title in ((left, "score and 95 % interval (blue: the arm to take)"), (right, "difference in points (blue: seen; band: too small to matter)")): axes.set_title(title, color=grey, fontsize=9)
     return figure
 
-# %% ../nbs/10_verdict.ipynb #969d1fe8
+# %% ../nbs/10_verdict.ipynb #5e577904
 def _analysed(scores, groups, kinds, costs, matters):
     "(answer, chosen, before, open, arms, pairs, rows, names, groups, set aside) for these rows"
     used, rows, aside = _usable(scores)
@@ -211,12 +212,12 @@ def judge_arms(
     v = Verdict(answer, at, "undecided" if answer == "undecided" else arms[at]["kind"], not opened and len(names) > 1, text, arms, pairs, len(rows), many, matters)
     others = {}
     if len(clean) < len(next(iter(scores.values()))): others["with leaked rows"] = judged(scores, groups)
-    if any(failed.values()): others["failed rows counted as wrong"] = judged({a: [0.0 if x is None else x for x in part(s)] for a, s in scores.items()}, part(groups))
+    if any(failed[a] for a in names): others["failed rows counted as wrong"] = judged({a: [0.0 if x is None else x for x in part(scores[a])] for a in names}, part(groups))
     v.variants = {k: {"answer": o[0], "arm": o[1], "rows": len(o[6]), "means": {a: m["mean"] for a, m in o[4].items()}} for k, o in others.items()}
     v.notes = list(_notes(v, aside, failed, len(clean), looks))
     return v
 
-# %% ../nbs/10_verdict.ipynb #d77f0ea3
+# %% ../nbs/10_verdict.ipynb #08519c90
 def _notes(v, aside, failed, given, looks):
     "Sentences about what limits a verdict"
     for a in aside: yield f"{a} failed on {failed[a]} of {given} rows and is set aside."
@@ -224,6 +225,9 @@ def _notes(v, aside, failed, given, looks):
     if v.groups is not None: yield f"The {v.rows} rows come from {v.groups} groups, and only groups are independent: intervals and tests are taken over groups."
     least = min(v.groups or v.rows, 60)
     if v.pairs and 2 / 2**least > 0.05 / len(v.pairs): yield f"{least} {'groups' if v.groups else 'rows'} are too few for any difference to be seen among {len(v.arms)} arms: at least {math.ceil(math.log2(40 * len(v.pairs)))} are needed."
+    for x in list(v.arms)[:list(v.arms).index(v.arm)]:
+        d = _against(v.pairs, x, v.arm)
+        if not (d["differ"] or v.answer == "no difference"): yield f"{x} is simpler than {v.arm} and was not shown to be worse: {_points(d)}."
     for k, o in v.variants.items():
         if (o["answer"], o["arm"]) != (v.answer, v.arm): yield f"{k[0].upper()}{k[1:]}, the answer would be: {o['answer']} ({o['arm']})."
     if looks > 1: yield f"These rows were looked at {looks} times. Whoever goes on until something is seen will see something: after {looks} looks up to {100 * (1 - 0.95**looks):.0f} % of the time without any cause. Decide on new rows."
