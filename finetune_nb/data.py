@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHAPES', 'PLAIN', 'ROLES', 'TOOL_ROLES', 'Data', 'fingerprint', 'shape_of', 'text_problem', 'unpack', 'messages_of',
            'conversation', 'order_problem', 'with_system', 'origin', 'normalise', 'capped', 'told', 'read', 'save',
-           'messages_text', 'prompt_key', 'clusters', 'split', 'overlap']
+           'messages_text', 'prompt_key', 'prompt_words', 'clusters', 'split', 'overlap']
 
-# %% ../nbs/04_data.ipynb #42a81370
+# %% ../nbs/04_data.ipynb #80ad4174
 import json, random, re
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -15,6 +15,7 @@ from difflib import SequenceMatcher
 from itertools import chain, islice
 from pathlib import Path
 from .core import Problem, UserError, markdown_table, nearest, sha256_json, write_atomic
+from .similar import alike, words
 from .sources import open_source
 
 # %% ../nbs/04_data.ipynb #3f4d0555
@@ -227,7 +228,7 @@ def save(
     if Path(path).suffix not in (".jsonl", ".ndjson"): raise UserError(Problem("path", "does not name a JSONL file", "End the name in .jsonl", str(path)))
     return write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
-# %% ../nbs/04_data.ipynb #cc8dadf6
+# %% ../nbs/04_data.ipynb #ef165c47
 def messages_text(
     row,  # a normalised row
 ):
@@ -242,9 +243,17 @@ def prompt_key(
     text = row["text"] if "text" in row else "\n".join(f"{m['role']}: {m['content']}" for m in row["prompt"])
     return " ".join(text.casefold().split())
 
-# %% ../nbs/04_data.ipynb #797a15bd
+
+def prompt_words(
+    row,  # a normalised row
+):
+    "The words of a row's prompt without its system message; of plain text all words"
+    return words(row["text"] if "text" in row else "\n".join(m["content"] for m in row["prompt"] if m["role"] != "system"))
+
+# %% ../nbs/04_data.ipynb #8f620195
 def clusters(
     rows,  # normalised rows
+    near=(),  # a number for each row, equal for rows that must stay together too
 ):
     "Positions of the rows that must stay together, one list a cluster, in order of appearance"
     parent = {}
@@ -254,13 +263,13 @@ def clusters(
         while parent[key] != key: parent[key] = key = parent[parent[key]]
         return key
 
-    for r in rows:
-        for tie in [("prompt", prompt_key(r))] + ([("group", r["group"])] if "group" in r else []): parent[top(("row", r["row"]))] = top(tie)
+    for i, r in enumerate(rows):
+        for tie in [("prompt", prompt_key(r)), *([("group", r["group"])] if "group" in r else []), *([("near", near[i])] if len(near) else [])]: parent[top(("row", r["row"]))] = top(tie)
     found = {}
     for i, r in enumerate(rows): found.setdefault(top(("row", r["row"])), []).append(i)
     return list(found.values())
 
-# %% ../nbs/04_data.ipynb #565e0b88
+# %% ../nbs/04_data.ipynb #b14fd395
 def split(
     data,  # a Data
     fraction,  # share of the rows to evaluate on, between 0 and 1
@@ -270,16 +279,20 @@ def split(
     "(training part, evaluation part) of a Data, with no prompt, group or conversation on both sides"
     if not 0 < fraction < 1: raise UserError(Problem("fraction", "must lie between 0 and 1", "Set it to 0.1", fraction))
     target = min(max(1, round(fraction * len(data))), max_eval_rows or len(data), len(data) - 1)
-    found, held = clusters(data.rows), set()
-    for cluster in random.Random(seed).sample(found, len(found)):
-        if len(held) + len(cluster) <= target: held.update(cluster)
+    grouped, problems = any("group" in r for r in data.rows), list(data.problems)
+    for near in [()] if grouped else [alike([prompt_words(r) for r in data.rows]), ()]:
+        found, held = clusters(data.rows, near), set()
+        for cluster in random.Random(seed).sample(found, len(found)):
+            if len(held) + len(cluster) <= target: held.update(cluster)
+        if held: break
+        if len(near): problems.append(Problem(data.name, "has so many nearly equal prompts that some are on both sides; scores will look better than they are", "Give rows a group each, or an evaluation file of its own", level="warning"))
     if not held:
         size = f"the smallest set of rows that must stay together has {min(map(len, found))}" if found else "there are none"
         raise UserError(Problem(data.name, f"cannot be split: of its {len(data)} rows at most {max(target, 0)} may be evaluated on, and {size}", "Give an evaluation file of its own, a larger fraction, or rows with more different prompts and groups"))
-    tie = "group" if any("group" in r for r in data.rows) else "prompt"
+    tie = "group" if grouped else "near-equal prompt" if len(near) else "prompt"
     note = f"Split by {tie} with seed {seed}: {len(data) - len(held)} rows to train on, {len(held)} to evaluate on"
     parts = [[r for i, r in enumerate(data.rows) if (i in held) == side] for side in (False, True)]
-    return tuple(replace(data, name=f"{data.name} ({what} part)", rows=p, sha256=fingerprint(p), notes=data.notes + [note]) for what, p in zip(("training", "evaluation"), parts))
+    return tuple(replace(data, name=f"{data.name} ({what} part)", rows=p, sha256=fingerprint(p), problems=problems, notes=data.notes + [note]) for what, p in zip(("training", "evaluation"), parts))
 
 # %% ../nbs/04_data.ipynb #a3acef44
 def overlap(
