@@ -111,16 +111,17 @@ def _planned(args):
 # %% ../nbs/16_cli.ipynb #5c1f31f2
 def plan(args):
     "Peak memory of a run before anything is loaded, phase by phase, and what would make it fit: {peak_bytes, low, high, phases, fits, suggestion, …}"
-    from finetune_nb.fit import plan_answer
+    from finetune_nb.fit import suggestion
     from finetune_nb.memory import plan as of
     from finetune_nb.past import past_error
     from finetune_nb.stack import setup
     recipe, card, m = _planned(args)
     shapes = _shapes(recipe.model)
     found = setup(recipe, m, shapes)
-    answer, past = plan_answer(shapes, found, card), past_error(getattr(card, "name", "") or m and m.name or "")
+    answer = of(shapes, found, card, exact=True)
+    advice, past = suggestion(shapes, answer, card), past_error(getattr(card, "name", "") or m and m.name or "")
     told = [f"{k}: in {e['count']} rehearsals on this machine the prediction was off by {e['middle']:+.0%} in the middle, {e['worst']:+.0%} at worst" for k, e in past.items()]
-    return answer | dict(past_error=past), "\n\n".join([of(shapes, found, card)._repr_markdown_(), *told, answer["suggestion"]])
+    return answer.to_json() | dict(suggestion=advice, past_error=past), "\n\n".join([answer._repr_markdown_(), *told, advice])
 
 
 def parallel(args):

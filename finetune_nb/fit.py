@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REMEDIES', 'SIZES', 'Remedy', 'Step', 'Fit', 'smallest_card', 'smallest_change', 'largest', 'hardware_table',
-           'plan_answer', 'need_a_fit']
+           'suggestion', 'need_a_fit']
 
 # %% ../nbs/06b_fit.ipynb #21cdf78e
 from dataclasses import dataclass, fields, replace
@@ -174,17 +174,15 @@ def hardware_table():
     return out
 
 # %% ../nbs/06b_fit.ipynb #4fbc2483
-def plan_answer(
+def suggestion(
     shapes,  # a Shapes
-    setup,  # a Setup
-    card=None,  # a cards.Card, bytes of GPU memory, or None
-    exact=True,  # replay the allocator
+    plan,  # its MemoryPlan
+    card=None,  # the cards.Card or bytes of GPU memory it was held against, or None
 ):
-    "What the command `plan` answers: the plan, and what to change if it does not fit"
-    p = plan(shapes, setup, card, exact)
-    suggestion = "" if p.fits is None else str(smallest_change(shapes, setup, card)) if not p.fits else "it fits as it is"
-    if p.fits is None and p.setup.device == "cuda" and (best := smallest_card(shapes, setup)): suggestion = f"the smallest card that would do: {best.name}"
-    return p.to_json() | dict(suggestion=suggestion)
+    "What to do about a plan, in words: the smallest change, or the smallest card"
+    if plan.fits is not None: return "it fits as it is" if plan.fits else str(smallest_change(shapes, plan.setup, card))
+    best = smallest_card(shapes, plan.setup) if plan.setup.device == "cuda" else None
+    return f"the smallest card that would do: {best.name}" if best else ""
 
 
 def need_a_fit(

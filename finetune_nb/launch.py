@@ -99,7 +99,7 @@ def train(
     "Train in several processes on this machine; the adapter, or the model, is in folder/adapter afterwards"
     folder = Path(folder).resolve()
     place, recipe = folder / "parallel", load(folder / "recipe.yaml")
-    if known_way(way) in STAGE: require("deepspeed", "'finetune_nb[parallel]'", f"parallel: {way}")
+    if known_way(way) in STAGE: require("deepspeed", "--no-build-isolation deepspeed", f"parallel: {way}")
     prepare(folder, shapes, way, processes, choices, resume=resume)
     for line in [share(recipe, processes)[1], *(f"note: {p}" for p in clashes(recipe, way, processes, shapes) if p.level == "warning")]: say(line)
     code = watch([sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(place / "accelerate.yaml"), "-m", "finetune_nb.launch", str(folder)], place, say)

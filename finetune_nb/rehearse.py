@@ -92,7 +92,7 @@ def rehearse(
     least=15,  # shorter runs, in steps, are not rehearsed
     record=True,  # keep predicted and measured for `past.past_error`
 ):
-    "Take five real steps, evaluate and save, put everything back: a `Rehearsal`, or None where it makes no sense"
+    "Take at least five real steps, evaluate and save, put everything back: a `Rehearsal`, or None where it makes no sense"
     why_not = "several processes train together" if trainer.accelerator.num_processes > 1 else "the data has no length" if not hasattr(trainer.train_dataset, "select") else ""
     lengths, answers = row_lengths(trainer.train_dataset) if not why_not else ([], [])
     if lengths and schedule(recipe.model_copy(update=dict(packing=False)), lengths).steps < least: why_not = f"it has fewer than {least} steps"
@@ -104,7 +104,7 @@ def rehearse(
     while True:
         size, found = trainer._train_batch_size, Trial()
         passes = 2 if trainer.args.gradient_accumulation_steps > 1 and len(lengths) >= 2 * size else 1
-        steps = chosen_steps(lengths, min(size * passes, len(lengths)), recipe.seed)
+        steps = chosen_steps(lengths, min(size * passes, len(lengths)), recipe.seed, more=15)
         if _fits(trainer, steps, passes, found): break
         _make_room(trainer, found, max(lengths), advice, tell)
     if 0 < found.eval_batch < min(trainer.args.per_device_eval_batch_size, len(trainer.eval_dataset)):
@@ -123,7 +123,7 @@ def rehearse(
 # %% ../nbs/08c_rehearse.ipynb #e760c757
 def _fits(trainer, steps, passes, found):
     fits = True
-    try: trial(trainer, steps, passes, found)
+    try: trial(trainer, steps, passes, found, seconds=6)  # of five steps alone, a single disturbed one would move the estimate by a tenth
     except Exception as e:
         if not is_out_of_memory(e): raise
         fits = False

@@ -163,7 +163,7 @@ def setup(
         target_modules=tuple(found.target_modules if found else () if r.lora_targets == "all-linear" else names(r.lora_targets)), adapted_layers=r.lora_layers, dropout=r.lora_dropout,
         base_dtype=base, adapter_dtype="bfloat16" if r.method == "qlora" else base if zero3 else "float32", autocast="none" if dtype == "float32" else dtype,
         batch=r.batch_size, length=r.max_length or (shapes.max_length if shapes else 0) or 2048, padded=attention != "flash" and not (fast and r.lora_dropout == 0 and not r.gradient_checkpointing),
-        checkpointing="none" if not r.gradient_checkpointing else "reentrant" if zero3 and r.method != "full" else "nonreentrant",
+        checkpointing="none" if not r.gradient_checkpointing else "reentrant" if zero3 and r.method != "full" or r.method == "qlora" and r.quantization == "int8" else "nonreentrant",
         attention="efficient" if attention == "sdpa" and not (m.bf16 or cpu) else attention, loss="finetune_nb" if fast and not several else "trl-1.16",
         optimizer=chosen["optimizer"], eval_batch=r.eval_batch_size, device="cpu" if cpu else "cuda", accumulation=r.accumulation, keep=r.keep_checkpoints, flattened=r.packing, saved_modules=tuple(names(r.modules_to_save)) if r.method != "full" else ())
     return Setup(**values | changes)

@@ -91,6 +91,7 @@ def training_kwargs(
               bf16=dtype == "bfloat16", fp16=dtype == "float16", use_cpu=cpu, dataloader_num_workers=choices["workers"], dataloader_pin_memory=not cpu,
               logging_steps=r.log_steps, logging_first_step=True, eval_strategy=ev["strategy"], save_strategy=sv["strategy"], save_total_limit=r.keep_checkpoints,
               load_best_model_at_end=bool(r.best_at_end and has_eval), report_to=r.tracker, seed=r.seed, data_seed=r.seed, disable_tqdm=True)
+    if r.gradient_checkpointing and r.method == "qlora" and r.quantization == "int8": kw["gradient_checkpointing_kwargs"] = dict(use_reentrant=True)  # the other kind keeps every 8-bit layer's input
     if ev["steps"]: kw["eval_steps"] = ev["steps"]
     if sv["steps"]: kw["save_steps"] = sv["steps"]
     if kw["load_best_model_at_end"]: kw |= dict(metric_for_best_model="eval_loss", greater_is_better=False)

@@ -90,7 +90,7 @@ def _head_names(model, names):
 # %% ../nbs/03b_tree.ipynb #b03310c0
 def _shape(owner, name, p):
     if name == "weight" and hasattr(owner, "out_features") and p.dim() == 2 and type(owner).__name__ != "Conv1D": return owner.out_features, owner.in_features
-    return tuple(p.shape)
+    return tuple(getattr(p, "ds_shape", p.shape))  # DeepSpeed's ZeRO-3 empties a weight and keeps its shape here
 
 
 def weights(
@@ -106,7 +106,7 @@ def weights(
         owner, stack = names[module], next((s for s in lists if name.startswith(f"{s}.")), None)
         linear = param == "weight" and "Grouped" not in type(owner).__name__ and (isinstance(owner, torch.nn.Linear) or type(owner).__name__ in ("Conv1D", "Linear4bit", "Linear8bitLt"))
         shape = _shape(owner, param, p)
-        if stack is None: shown, kind = re.sub(r"\.\d+(?=\.)", ".#", name), _kind_outside(name, owner, p.dim(), heads)
+        if stack is None: shown, kind = re.sub(r"\.\d+(?=\.)", ".#", name), _kind_outside(name, owner, len(shape), heads)
         else:
             number, _, path = name[len(stack) + 1:].partition(".")
             steps = [f"{stack}.{number}", *path.split(".")[:-1]]

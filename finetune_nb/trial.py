@@ -34,11 +34,12 @@ def chosen_steps(
     lengths,  # tokens of each row
     rows,  # rows a step
     seed=0,  # of the typical rows
+    more=0,  # further typical steps
 ):
-    "The rows of five steps: longest, typical, shortest, typical, longest; within a step the longest come last"
+    "The rows of five steps and more: longest, typical, shortest, typical, longest, typical, …; within a step the longest come last"
     order, r = sorted(range(len(lengths)), key=lengths.__getitem__), random.Random(seed)
     typical = lambda: sorted(r.sample(order, rows), key=lengths.__getitem__)
-    return [order[-rows:], typical(), order[:rows], typical(), order[-rows:]]
+    return [order[-rows:], typical(), order[:rows], typical(), order[-rows:], *(typical() for _ in range(more))]
 
 # %% ../nbs/08b_trial.ipynb #837ddbe6
 def _random_states():
@@ -160,17 +161,18 @@ def _evaluate(trainer, peak, found, held):
     found.peaks["evaluation"] = peak.read()
 
 # %% ../nbs/08b_trial.ipynb #efb888d0
-def _watcher(trainer, peak, found, held):
+def _watcher(trainer, peak, found, held, seconds):
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *args, **kwargs): self.last = time.perf_counter()
 
-        def on_step_end(self, *args, **kwargs):
+        def on_step_end(self, args, state, control, **kwargs):
             _timed(peak.cuda, lambda: None)
             now = time.perf_counter()
             found.seconds.append(now - self.last)
             self.last = now
+            if seconds and len(found.seconds) >= 5 and sum(found.seconds) >= seconds: control.should_training_stop = True
 
         def on_train_end(self, args, *rest, **kwargs):
             found.peaks["train"], found.phase = peak.read(), "evaluation"
@@ -192,6 +194,7 @@ def trial(
     steps,  # rows of each step, e.g. from `chosen_steps`
     passes=1,  # forward passes a step
     found=None,  # a Trial to fill
+    seconds=0,  # after five steps, stop once so many seconds are measured; 0 takes all steps
 ):
     "Take these steps, evaluate the longest held-out rows and save once, leaving no trace: a `Trial`"
     from transformers import DefaultFlowCallback
@@ -210,7 +213,7 @@ def trial(
             vars(trainer.args).update(output_dir=out, max_steps=len(steps), gradient_accumulation_steps=passes, train_sampling_strategy="sequential", eval_strategy="no", save_strategy="no", logging_strategy="no",
                                       logging_first_step=False, load_best_model_at_end=False, save_total_limit=None, push_to_hub=False)
             trainer.train_dataset, trainer._train_batch_size = trainer.train_dataset.select([i for s in steps for i in s]), len(steps[0]) // passes
-            trainer.callback_handler.callbacks = [DefaultFlowCallback(), _watcher(trainer, peak, found, held)]
+            trainer.callback_handler.callbacks = [DefaultFlowCallback(), _watcher(trainer, peak, found, held, seconds)]
             try: trainer.train()
             finally: peak.done.set()
     finally: shutil.rmtree(out, ignore_errors=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from finetune_nb.block import blocks
 from finetune_nb.cards import CARDS, card
 from finetune_nb.core import UserError
-from finetune_nb.fit import REMEDIES, plan_answer, smallest_change
+from finetune_nb.fit import REMEDIES, smallest_change, suggestion
 from finetune_nb.known import KNOWN, known
 from finetune_nb.memory import Setup, plan, setup
 from finetune_nb.recipe import make
@@ -152,7 +152,7 @@ def test_fast():
 
 
 def test_without_torch():
-    code = "import sys, finetune_nb.fit as f; from finetune_nb.known import known; f.plan_answer(known('llama-3.1-8b'), f.Setup(), 24 * 2**30); print('torch' in sys.modules)"
+    code = "import sys, finetune_nb.fit as f; from finetune_nb.known import known; s, u = known('llama-3.1-8b'), f.Setup(); f.suggestion(s, f.plan(s, u, 24 * 2**30, True), 24 * 2**30); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 
@@ -170,8 +170,10 @@ def test_fit_uses_no_remedy_that_can_be_spared():
 
 
 def test_too_small_for_anything_names_the_card_that_would_do():
-    answer = plan_answer(known("llama-3.1-70b"), Setup(method="qlora", quantization="nf4", adapter_dtype="bfloat16", checkpointing="nonreentrant"), card("RTX 3060"), exact=False)
-    assert not answer["fits"] and answer["suggestion"].startswith("nothing makes it fit") and any(c in answer["suggestion"] for c in CARDS)
+    shapes, small = known("llama-3.1-70b"), card("RTX 3060")
+    found = plan(shapes, Setup(method="qlora", quantization="nf4", adapter_dtype="bfloat16", checkpointing="nonreentrant"), small)
+    advice = suggestion(shapes, found, small)
+    assert not found.fits and advice.startswith("nothing makes it fit") and any(c in advice for c in CARDS)
 
 
 def test_impossible_setups_are_told_all_at_once():

@@ -54,7 +54,7 @@ def test_same_bits_with_and_without(built, change):
         if name == "with":
             before = sorted(p.name for p in folder.rglob("*"))
             r = rehearse(trainer, recipe, say=quiet, least=0)
-            assert len(r.step_seconds) == 5 and r.notes == []
+            assert 5 <= len(r.step_seconds) <= 20 and r.notes == []
             assert sorted(p.name for p in folder.rglob("*")) == before, "the rehearsal left files in the run folder"
         train.fit(trainer, recipe, folder, say=quiet)
         results.append((losses(trainer), trainer._total_train_tokens, saved_weights(folder / "adapter"), [json.loads(l)["step"] for l in open(folder / "metrics.jsonl")]))
