@@ -22,11 +22,11 @@ class Reply:
     completion_tokens: int | None  # tokens of the answer, likewise
     seconds: float  # of the attempt that succeeded, until its last byte
 
-# %% ../nbs/09d_endpoint.ipynb #53a52d81
-def _parse(data, seconds):
-    "The `Reply` in the bytes of a response; ValueError says what is missing"
-    try: body = json.loads(data)
-    except (ValueError, RecursionError): raise ValueError(f"it is not JSON: {data[:80].decode(errors='replace')!r}") from None
+# %% ../nbs/09d_endpoint.ipynb #392d279b
+def _parse(text, seconds):
+    "The `Reply` in the text of a response; ValueError says what is missing"
+    try: body = json.loads(text)
+    except (ValueError, RecursionError): raise ValueError(f"it is not JSON: {text[:80]!r}") from None
     try: text = body["choices"][0]["message"].get("content")
     except (TypeError, KeyError, IndexError, AttributeError): raise ValueError("it has no choices[0].message") from None
     if isinstance(text, list): text = "".join(str(p.get("text", "")) for p in text if isinstance(p, dict))
@@ -63,23 +63,23 @@ def _problems(e):
     if url.scheme == "http" and url.hostname and not _near(url.hostname):
         yield Problem("url", "would send the key without encryption", "Use https://")
 
-# %% ../nbs/09d_endpoint.ipynb #5e6774ab
+# %% ../nbs/09d_endpoint.ipynb #7e5676b1
 class _Passing(Exception):
     "A failure that may pass; `wait` is what the server asked for, in seconds"
     wait = None
 
 
-def _told(e, status, data):
+def _told(e, status, said):
     "The UserError for a status that will not pass"
     fixes = {401: f"Check the key in {e.key_env}" if e.key_env else "Give key_env, the environment variable that holds the key", 404: "Check url (it usually ends in /v1) and model"}
     fix = "Give the address it leads to" if 300 <= status < 400 else fixes.get(401 if status == 403 else status, "Check model, max_tokens and the length of the prompt")
-    return UserError(Problem(e.place, f"answered {status}: {e.scrub(data[:300].decode(errors='replace')) or 'nothing'}", fix))
+    return UserError(Problem(e.place, f"answered {status}: {said[:300] or 'nothing'}", fix))
 
 
 def _once(e, body):
     "One attempt: a `Reply`, or _Passing, or UserError"
     import httpx2
-    start, data = time.monotonic(), b""
+    start, data = time.monotonic(), bytearray()
     try:
         with e._client.stream("POST", e.address, content=body, headers=e._headers()) as r:
             for block in r.iter_bytes():
@@ -88,15 +88,16 @@ def _once(e, body):
                 if len(data) > 2**24: raise UserError(Problem(e.place, "sent more than 16 MiB for one answer", "Check that it is the right address"))
     except httpx2.TimeoutException: raise _Passing(f"did not answer within {e.timeout:g} s") from None
     except (httpx2.HTTPError, httpx2.StreamError) as error: raise _Passing(f"could not be reached ({type(error).__name__})") from None
+    said = e.scrub(data.decode(errors="replace"))
     if r.status_code in (408, 429) or r.status_code >= 500:
-        passing = _Passing(f"answered {r.status_code}: {e.scrub(data[:300].decode(errors='replace')) or 'nothing'}")
+        passing = _Passing(f"answered {r.status_code}: {said[:300] or 'nothing'}")
         passing.wait = float(after) if (after := r.headers.get("retry-after", "")).isdecimal() else None
         raise passing
-    if r.status_code != 200: raise _told(e, r.status_code, data)
-    try: return _parse(data, time.monotonic() - start)
-    except ValueError as error: raise UserError(Problem(e.place, f"sent a reply that cannot be used: {e.scrub(str(error))}", "Check that url is that of an OpenAI-compatible server")) from None
+    if r.status_code != 200: raise _told(e, r.status_code, said)
+    try: return _parse(said, time.monotonic() - start)
+    except ValueError as error: raise UserError(Problem(e.place, f"sent a reply that cannot be used: {error}", "Check that url is that of an OpenAI-compatible server")) from None
 
-# %% ../nbs/09d_endpoint.ipynb #962c68e0
+# %% ../nbs/09d_endpoint.ipynb #3c5337dc
 @dataclass
 class Endpoint:
     "A model behind an OpenAI-compatible address"
@@ -122,7 +123,7 @@ class Endpoint:
         return httpx2.Client(timeout=self.timeout, trust_env=not _near(urlsplit(self.url).hostname))
 
     def scrub(self, text):
-        "A server's text without the key, which some servers repeat"
+        "A server's text without the key, which some servers repeat; done before anything is cut off"
         return text.replace(self._key(), "***") if self._key() else text
 
     def problems(self):

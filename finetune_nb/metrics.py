@@ -145,14 +145,14 @@ def own(name):  # "file.py:function"; the function takes answer, reference and r
         return value
     return score
 
-# %% ../nbs/09c_metrics.ipynb #0317c95e
+# %% ../nbs/09c_metrics.ipynb #655dc63d
 RUBRIC = "Does the answer say the same as the reference, in content? 1: fully; 0: not at all. Length, style and form do not count."
 
 
 def _judged(text):
     "The score in a judge's reply, or None"
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)
-    found = re.findall(r"score\W{0,6}(\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?(?![\d.]*\d)", text, re.I) or re.findall(r"\A\s*(\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?\s*\Z", text)
+    found = re.findall(r"score\W{0,6}(?<![-−])(\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?(?![\d.]*\d)", text, re.I) or re.findall(r"\A\s*(\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?\s*\Z", text)
     if not found: return None
     score, out_of = float(found[-1][0]), float(found[-1][1] or 1)
     return score / out_of if out_of and 0 <= score <= out_of else None
