@@ -97,7 +97,16 @@ def _once(e, body):
     try: return _parse(said, time.monotonic() - start)
     except ValueError as error: raise UserError(Problem(e.place, f"sent a reply that cannot be used: {error}", "Check that url is that of an OpenAI-compatible server")) from None
 
-# %% ../nbs/09d_endpoint.ipynb #3c5337dc
+# %% ../nbs/09d_endpoint.ipynb #836dfe82
+def _retried(e, body):
+    "As many attempts as are allowed: a `Reply` or a UserError"
+    for attempt in range(e.retries + 1):
+        try: return _once(e, body)
+        except _Passing as error: what, wait = str(error), error.wait
+        if attempt < e.retries: time.sleep(min(30.0, e.pause * 2**attempt * (1 + random.random() / 2) if wait is None else wait))
+    raise UserError(Problem(e.place, f"{what}, in each of {e.retries + 1} attempts", "Check that the server runs, or raise timeout or retries"))
+
+# %% ../nbs/09d_endpoint.ipynb #ed58f4bb
 @dataclass
 class Endpoint:
     "A model behind an OpenAI-compatible address"
@@ -137,9 +146,4 @@ class Endpoint:
     ):
         "The model's `Reply`, after retries, or a `UserError`"
         stop_on_errors(self.problems())
-        body = json.dumps({"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}).encode()
-        for attempt in range(self.retries + 1):
-            try: return _once(self, body)
-            except _Passing as error: what, wait = str(error), error.wait
-            if attempt < self.retries: time.sleep(min(30.0, self.pause * 2**attempt * (1 + random.random() / 2) if wait is None else wait))
-        raise UserError(Problem(self.place, f"{what}, in each of {self.retries + 1} attempts", "Check that the server runs, or raise timeout or retries"))
+        return _retried(self, json.dumps({"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}).encode())

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ORDER', 'kind_of', 'Verdict', 'judge_arms', 'MoreData', 'more_data', 'look']
 
-# %% ../nbs/10_verdict.ipynb #5ca0a609
+# %% ../nbs/10_verdict.ipynb #d4ad9b3b
 import html, math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .core import Problem, UserError, markdown_table, nearest, read_json, sha256_json, stop_on_errors, write_json
-from .differences import _sums, differences
+from .differences import _spread, _sums, differences
 
 # %% ../nbs/10_verdict.ipynb #51c343e2
 ORDER = {"prompt": "don't fine-tune", "few-shot": "don't fine-tune", "rag": "retrieve", "finetune": "fine-tune", "finetune+rag": "fine-tune and retrieve"}
@@ -108,7 +108,16 @@ def _sentence(answer, at, before, opened, names, pairs, rows, matters, costs):
 
 def _round(n): return f"{round(n, 1 - len(str(int(n)))):,.0f}"  # one figure that counts: it is a rough number
 
-# %% ../nbs/10_verdict.ipynb #36b6d076
+# %% ../nbs/10_verdict.ipynb #2a5749e1
+def _tables(v):
+    share = lambda m: f"{100 * m['mean']:.1f} [{100 * m['low']:.1f}, {100 * m['high']:.1f}]"
+    cost = any(a["cost"] is not None for a in v.arms.values())
+    arms = [{"arm": n, "score": share(a), "rows": a["rows"], "failed": a["failed"], **({"cost": "–" if a["cost"] is None else f"{a['cost']:.3g}"} if cost else {})} for n, a in v.arms.items()]
+    pairs = [{"pair": f"{p['b']} against {p['a']}", "difference": _points(_against([p], p["b"], p["a"])), "p": _p(p["p_holm"])[2:], "seen": "yes" if p["differ"] else "no",
+              "could see": "nothing" if p["smallest"] is None else f"{100 * p['smallest']:.1f} points"} for p in v.pairs]
+    return arms, pairs
+
+# %% ../nbs/10_verdict.ipynb #de1e6b83
 @dataclass
 class Verdict:
     "What the arms' scores show: a sentence, a value, and the figures behind them"
@@ -129,12 +138,7 @@ class Verdict:
 
     def table(self):
         "(one dict for each arm, one for each pair), as text"
-        share = lambda m: f"{100 * m['mean']:.1f} [{100 * m['low']:.1f}, {100 * m['high']:.1f}]"
-        cost = any(a["cost"] is not None for a in self.arms.values())
-        arms = [{"arm": n, "score": share(a), "rows": a["rows"], "failed": a["failed"], **({"cost": "–" if a["cost"] is None else f"{a['cost']:.3g}"} if cost else {})} for n, a in self.arms.items()]
-        pairs = [{"pair": f"{p['b']} against {p['a']}", "difference": _points(_against([p], p["b"], p["a"])), "p": _p(p["p_holm"])[2:], "seen": "yes" if p["differ"] else "no",
-                  "could see": "nothing" if p["smallest"] is None else f"{100 * p['smallest']:.1f} points"} for p in self.pairs]
-        return arms, pairs
+        return _tables(self)
 
     def plot(self):
         "A matplotlib Figure: arms with their intervals, and every pair's difference"
@@ -146,7 +150,7 @@ class Verdict:
 
     def _repr_markdown_(self):
         plain = lambda text: markdown_table([{"x": text}]).splitlines()[-1][2:-2]
-        return "\n\n".join([f"**{plain(self.text)}**", *map(markdown_table, self._sections()), *([ "\n".join(f"- {plain(n)}" for n in self.notes)] if self.notes else [])])
+        return "\n\n".join([f"**{plain(self.text)}**", *map(markdown_table, self._sections()), *(["\n".join(f"- {plain(n)}" for n in self.notes)] if self.notes else [])])
 
     def _repr_html_(self):
         e, row = html.escape, lambda tag, cells: "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
@@ -232,7 +236,7 @@ def _notes(v, aside, failed, given, looks):
         if (o["answer"], o["arm"]) != (v.answer, v.arm): yield f"{k[0].upper()}{k[1:]}, the answer would be: {o['answer']} ({o['arm']})."
     if looks > 1: yield f"These rows were looked at {looks} times. Whoever goes on until something is seen will see something: after {looks} looks up to {100 * (1 - 0.95**looks):.0f} % of the time without any cause. Decide on new rows."
 
-# %% ../nbs/10_verdict.ipynb #62a1737c
+# %% ../nbs/10_verdict.ipynb #59986aa9
 @dataclass
 class MoreData:
     "Whether more training rows would help"
@@ -250,10 +254,9 @@ def _contrast(curve, weights, groups, spread):
     "{value, low, high} of a weighted sum of the sizes' scores, paired over rows"
     from scipy import stats
     per_row = [sum(w * s for w, s in zip(weights, row)) for row in zip(*curve)]
-    value, units = sum(per_row) / len(per_row), _sums(per_row, groups)
-    centred = _sums([x - value for x in per_row], groups)
-    error = math.sqrt(float((centred**2).sum()) / len(per_row) ** 2 * len(units) / (len(units) - 1) + spread**2 * sum(w * w for w in weights))
-    half = float(stats.t.ppf(0.975, len(units) - 1)) * error
+    value, sums, n = sum(per_row) / len(per_row), _sums(per_row, groups), len(per_row)
+    error, units = _spread(sums, n, n / len(sums) * sum(map(abs, weights)) / 2)
+    half = float(stats.t.ppf(0.975, units - 1)) * math.sqrt(error**2 + spread**2 * sum(w * w for w in weights))
     return {"value": value, "low": value - half, "high": value + half}
 
 # %% ../nbs/10_verdict.ipynb #7e7b131c
@@ -281,14 +284,15 @@ def more_data(
     text = f"{says}: each doubling brought {_points(slope)}, the last one {_points(last)}." + ("" if spread else " One run of each size: chance between training runs is not counted in.")
     return MoreData(answer, text, slope, last, [{"rows": n, **{k: means[n][k] for k in ("mean", "low", "high")}} for n in sizes])
 
-# %% ../nbs/10_verdict.ipynb #e3c55525
+# %% ../nbs/10_verdict.ipynb #73e2d40b
 def look(
     folder,  # where the counts are kept, as looks.json
     rows,  # the evaluation rows
 ):
     "Count one more look at these rows, and say how many there were"
     path = Path(folder) / "looks.json"
-    counts = read_json(path) if path.exists() else {}
+    try: counts = read_json(path) if path.exists() else {}
+    except ValueError: raise UserError(Problem(str(path), "is damaged, so the looks cannot be counted", "Restore it, or delete it and decide on new rows")) from None
     key = sha256_json(rows)
     counts[key] = counts.get(key, 0) + 1
     write_json(path, counts)

@@ -1,0 +1,154 @@
+"""What the verdict's statistics do over and over: false alarms, differences found, intervals that hold the truth.
+
+usage: python bench/verdicts.py [--simulations 2000] [--only null,power,smallest,ruled,curve] [--out bench/results/NAME.json]
+
+Arms answer the same rows. A row is hard for every arm (half of what decides is shared), the rest is each arm's own.
+Scores are rights and wrongs, or graded from 0 to 1 with most of them near the ends, or rights and wrongs in groups of
+ten rows from one template, where an arm is good or bad at a whole template. Beside our procedure stands what people
+otherwise do: an unpaired t-test for each pair, uncorrected, as if all rows were independent.
+"""
+import argparse
+import os
+import platform
+import subprocess
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from finetune_nb.core import write_json
+from finetune_nb.differences import differences, smallest_difference
+from finetune_nb.hardware import versions
+from finetune_nb.verdict import ORDER, judge_arms, more_data
+
+KINDS, SIZES, BASES, ARMS, GROUP = ("binary", "graded", "clustered"), (30, 100, 200, 1000), (0.05, 0.5, 0.95), list(ORDER), 10
+GRID = np.linspace(-5, 5, 4001)
+
+
+def scores(rng, kind, times, n, means, shared=0.5, within=0.5):
+    "times x arms x n scores with the given true means; `shared` of an arm's variance belongs to the row, `within` of the rest to its template"
+    normal, arms = rng.standard_normal, len(means)
+    row, own = normal((times, 1, n)), normal((times, arms, n))
+    if kind == "clustered":
+        spread = lambda a: np.repeat(normal((times, a, -(-n // GROUP))), GROUP, axis=2)[:, :, :n]
+        row, own = (np.sqrt(within) * spread(x.shape[1]) + np.sqrt(1 - within) * x for x in (row, own))
+    latent = np.sqrt(shared) * row + np.sqrt(1 - shared) * own
+    if kind != "graded": return (latent > stats.norm.isf(means)[:, None]).astype(float)
+    return np.stack([np.interp(latent[:, j], GRID, stats.beta.ppf(stats.norm.cdf(GRID), m, 1 - m)) for j, m in enumerate(means)], 1)
+
+
+def groups_of(kind, n): return [i // GROUP for i in range(n)] if kind == "clustered" else None
+
+
+def as_arms(x): return dict(zip(ARMS if len(x) > 2 else ("prompt", "finetune"), x.tolist()))
+
+
+def usual(x):
+    "times x pairs p-values of unpaired t-tests on independent rows (Welch)"
+    n, mean, var = x.shape[2], x.mean(2), x.var(2, ddof=1)
+    a, b = np.triu_indices(x.shape[1], 1)
+    error = np.sqrt((var[:, a] + var[:, b]) / n)
+    with np.errstate(all="ignore"):
+        df = (var[:, a] + var[:, b]) ** 2 * (n - 1) / (var[:, a] ** 2 + var[:, b] ** 2)
+        return np.nan_to_num(2 * stats.t.sf(np.abs(mean[:, a] - mean[:, b]) / error, df), nan=1.0)
+
+
+def share(k, n):
+    "A share with its 95 % Wilson interval"
+    low, high = stats.binomtest(int(k), int(n)).proportion_ci(method="wilson")
+    return {"share": round(k / n, 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+
+
+def null(times, rng):
+    "Five identical arms: how often is any of ten pairs called different?"
+    for kind in KINDS:
+        for n in SIZES:
+            for base in BASES:
+                x, answers, claimed, held, pair_held = scores(rng, kind, times, n, np.full(5, base)), {}, 0, 0, 0
+                for one in x:
+                    v = judge_arms(as_arms(one), groups_of(kind, n))
+                    answers[v.answer] = answers.get(v.answer, 0) + 1
+                    claimed += any(p["differ"] for p in v.pairs)
+                    held += sum(a["low"] <= base <= a["high"] for a in v.arms.values())
+                    pair_held += sum(p["low"] <= 0 <= p["high"] for p in v.pairs)
+                yield {"scores": kind, "rows": n, "base": base, "no_difference_claimed": share(times - claimed, times), "t_test_claims_none": share((usual(x) >= 0.05).all(1).sum(), times),
+                       "mean_coverage": round(held / times / 5, 4), "pair_coverage": round(pair_held / times / 10, 4), "answers": answers}
+
+
+def power(times, rng):
+    "One arm better by 15 points on 200 rows: how often is it shown to be better than the prompt?"
+    for kind in KINDS:
+        for arms in (2, 5):
+            for base in (0.05, 0.5, 0.8):
+                for shared in (0.2, 0.5, 0.8):
+                    means = np.full(arms, base)
+                    means[-1] += 0.15
+                    x, found, held, answers = scores(rng, kind, times, 200, means, shared), 0, 0, {}
+                    for one in x:
+                        v = judge_arms(as_arms(one), groups_of(kind, 200))
+                        p = next(p for p in v.pairs if p["a"] == "prompt" and p["b"] == list(v.arms)[-1])
+                        found += p["differ"] and p["value"] < 0
+                        held += p["low"] <= -0.15 <= p["high"]
+                        answers[v.answer] = answers.get(v.answer, 0) + 1
+                    naive = usual(x)[:, arms - 2] < 0.05
+                    yield {"scores": kind, "arms": arms, "base": base, "shared": shared, "differ": round(float((x[:, 0] != x[:, -1]).mean()), 3), "sd_of_difference": round(float((x[:, -1] - x[:, 0]).std()), 3),
+                           "found": share(found, times), "t_test_finds": share(naive.sum(), times), "pair_coverage": round(held / times, 4), "answers": answers}
+
+
+def smallest(times, rng):
+    "The smallest difference that rows say they could see, planted: is it found in four of five cases?"
+    for kind in KINDS:
+        for n in (100, 200, 1000):
+            gain = 0.1
+            for _ in range(6):  # find the gain that equals the smallest difference at that gain
+                x = scores(rng, kind, 40, n, np.array([0.5, 0.5 + gain]))
+                gain = min(0.45, float(np.median([smallest_difference(*one.tolist(), groups_of(kind, n)) or 0.45 for one in x])))
+            x = scores(rng, kind, times, n, np.array([0.5, 0.5 + gain]))
+            yield {"scores": kind, "rows": n, "smallest": round(gain, 4), "found": share(sum(differences(as_arms(one), groups_of(kind, n))[1][0]["differ"] for one in x), times)}
+
+
+def ruled(times, rng):
+    "A fine-tuned arm is better by just as much as matters (5 points): how often is that wrongly ruled out?"
+    for kind in KINDS:
+        for n in (200, 1000, 3000):
+            x, answers = scores(rng, kind, times, n, np.array([0.7, 0.75]), 0.9), {}
+            for one in x:
+                answer = judge_arms(as_arms(one), groups_of(kind, n)).answer
+                answers[answer] = answers.get(answer, 0) + 1
+            yield {"scores": kind, "rows": n, "ruled_out": share(sum(answers.get(a, 0) for a in ("no difference", "don't fine-tune")), times), "answers": answers}
+
+
+def curve(times, rng):
+    "Learning curves that are flat, flatten at the end, or rise: what is said about more data?"
+    shapes = {"flat": (0.6, 0.6, 0.6), "flattens": (0.4, 0.6, 0.61), "rises by 8 points a doubling": (0.44, 0.52, 0.6), "rises by 15": (0.3, 0.45, 0.6)}
+    for shape, means in shapes.items():
+        for n in (50, 100, 200, 1000):
+            x, answers = scores(rng, "binary", times, n, np.array(means)), {}
+            for one in x:
+                answer = more_data(dict(zip((125, 250, 500), one.tolist()))).answer
+                answers[answer] = answers.get(answer, 0) + 1
+            yield {"curve": shape, "rows": n, "answers": {a: round(k / times, 4) for a, k in sorted(answers.items())}}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--simulations", type=int, default=2000)
+    parser.add_argument("--only", default="null,power,smallest,ruled,curve")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    start, found = time.perf_counter(), {}
+    for part in args.only.split(","):
+        found[part] = []
+        for line in {f.__name__: f for f in (null, power, smallest, ruled, curve)}[part](args.simulations, np.random.default_rng(0)):
+            print(part, *(f"{k} {v['share'] if isinstance(v, dict) and 'share' in v else v}" for k, v in line.items()), flush=True)
+            found[part].append(line)
+    result = dict(question="how often identical arms are called different, planted differences are found, and intervals hold the truth", simulations=args.simulations, **found, seconds=round(time.perf_counter() - start), load=os.getloadavg(),
+                  python=platform.python_version(), versions=versions() | {"numpy": np.__version__}, date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                  commit=subprocess.run(["git", "describe", "--always", "--dirty=+changes", "--abbrev=12", "--match="], capture_output=True, text=True).stdout.strip())
+    if args.out: write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    main()
