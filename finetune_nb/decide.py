@@ -15,7 +15,7 @@ from .core import UserError, markdown_table
 from .costs import Assumptions, costs
 from .facts import table
 
-# %% ../nbs/07_decide.ipynb #20d6ac22
+# %% ../nbs/07_decide.ipynb #10372f70
 @dataclass(frozen=True)
 class Rule:
     "Points for or against one approach, where the answers say so"
@@ -35,7 +35,8 @@ _FACTS = (
     Rule("rare-facts", "rare_facts", 2), Rule("new-facts", "new_facts", 3), Rule("both-needed", "fails == 'both'", 1), Rule("train-with-context", "retrieval", 1))
 _BEHAVIOUR = (
     Rule("wrong-behaviour", "fails in ('behaviour', 'both')", 4), Rule("narrow-task", "narrow and effective >= 50", 2), Rule("distil", "large_works", 4), Rule("keep-abilities", "keep_general", 1),
-    Rule("form-only", "fails == 'form'", 5), Rule("form-not-weights", "fails == 'form'", 3), Rule("prompt-passes", "fails == 'nothing' | baseline >= target", 5), Rule("prompt-untried", "prompting == 'none'", 3),
+    Rule("form-only", "fails == 'form'", 5), Rule("form-not-weights", "fails == 'form'", 3), Rule("prompt-passes", "fails == 'nothing' | baseline >= target", 5), Rule("prompt-untried", "prompting == 'none'", 2),
+    Rule("examples-untried", "prompting in ('none', 'instructions')", 5), Rule("open-ended", "not narrow", 2),
     Rule("prompt-optimizer", "prompting in ('none', 'instructions', 'examples')", 1), Rule("prompt-spent", "prompting in ('examples', 'optimizer') and fails in ('behaviour', 'both')", 1),
     Rule("no-baseline", "eval_rows == 0", 1), Rule("trial-helped", "trial == 'helped'", 3), Rule("trial-useless", "trial == 'useless'", 4))
 _ROWS = (
@@ -60,7 +61,7 @@ def _known(answers, assumed):
 
 def _costs(a, assumed): return costs(a.requests or 0, a.prompt_tokens or 0, 200 if a.answer_tokens is None else a.answer_tokens, a.effective or 0, assumed)
 
-# %% ../nbs/07_decide.ipynb #1f128f66
+# %% ../nbs/07_decide.ipynb #23baacde
 SYSTEM, LEAD = 3, 2  # points that each added system costs; lead that a decision wants: judgements of this package
 APPROACHES = tuple(r["approach"] for r in table("approaches").rows)
 TUNED = ("finetune", "finetune+rag")
@@ -81,12 +82,13 @@ def add_up(
     "{approach: points}, before any is ruled out"
     own = dict.fromkeys(APPROACHES, 0)
     for r in rules: own[r.row()["approach"]] += r.points if r.row()["effect"] == "for" else -r.points
-    return own | {"rag": own["rag"] - SYSTEM, "finetune": own["finetune"] - SYSTEM, "finetune+rag": own["finetune+rag"] + own["rag"] + own["finetune"] - 2 * SYSTEM}
+    return {"prompt": own["prompt"], "rag": own["prompt"] + own["rag"] - SYSTEM, "finetune": own["finetune"] - SYSTEM, "finetune+rag": own["finetune+rag"] + own["rag"] + own["finetune"] - 2 * SYSTEM}
 
-# %% ../nbs/07_decide.ipynb #ff04443a
+# %% ../nbs/07_decide.ipynb #681287f9
 def _ruled_out(answers, rules):
     out = {a: f"{r.row()['condition']}: {r.row()['evidence']}" for r in rules if r.never for a in TUNED}
     if answers.changes in ("weekly", "daily"): out.setdefault("finetune", f"the knowledge changes {answers.changes}: a model alone would be out of date")
+    if answers.retrieval: out = dict.fromkeys(("prompt", "finetune"), "retrieval is in use and stays") | out
     return out
 
 
@@ -94,12 +96,11 @@ def _choose(answers, assumed):
     "(approach, why in a sentence, rules, scores, ruled out)"
     rules = fired(answers, assumed)
     scores, out = add_up(rules), _ruled_out(answers, rules)
-    ranked = sorted((a for a in APPROACHES if a not in out), key=lambda a: -scores[a])
-    best, second = ranked[:2]
-    lead, parts = scores[best] - scores[second], {best} | (set(best.split("+")) if "+" in best else set())
+    best, second, *_ = sorted((a for a in APPROACHES if a not in out), key=lambda a: -scores[a]) + [None]
+    lead, parts = scores[best] - scores[second] if second else LEAD, {best, *best.split("+")}
     if not any(r.row()["approach"] in parts and r.row()["effect"] == "for" for r in rules): return "undecided", "No answer so far speaks for any approach.", rules, scores, out
     if lead < LEAD: return "undecided", f"{best} ({scores[best]:+d}) and {second} ({scores[second]:+d}) are closer than {LEAD} points: measure them.", rules, scores, out
-    return best, f"{best} has {scores[best]:+d} points, {lead} more than {second} ({scores[second]:+d}).", rules, scores, out
+    return best, f"{best} has {scores[best]:+d} points, " + (f"{lead} more than {second} ({scores[second]:+d})." if second else "and nothing else is left."), rules, scores, out
 
 # %% ../nbs/07_decide.ipynb #d2b6b6c0
 def _would_change(answers, assumed, approach):
@@ -140,13 +141,14 @@ def _warnings(a, approach, found):
     ]
     return [dict(text=text, source=source) for broken, text, source in rules if broken]
 
-# %% ../nbs/07_decide.ipynb #6b1b58e2
+# %% ../nbs/07_decide.ipynb #5fa70f46
 def _next(a, approach):
     trial = ("Train on 50 rows and compare with the same prompt: if that does not help, more rows will not", "finetune-nb run --preset laptop -p data rows.jsonl -p max_rows 50")
     steps = [
         (not a.eval_rows, "Set aside 50 to 200 real requests with right answers, none of them used in prompts or training", "finetune-nb data rows.jsonl --eval eval.jsonl"),
         (a.fails is None, "Read 20 wrong answers and say what they lack: facts, behaviour, both, or only the form", "finetune-nb decide -p fails behaviour"),
         (a.rows and a.effective is None or approach in TUNED and a.effective is None, "Count the distinct rows", "finetune-nb data rows.jsonl --eval eval.jsonl"),
+        (approach == "undecided" and a.prompting in ("none", "instructions") and a.fails in ("behaviour", "both"), "Put 5 to 20 chosen examples into the prompt and score it: the cheapest thing not tried yet", "finetune-nb bakeoff recipe.yaml"),
         (a.fails == "form", "Force the form while decoding (a JSON schema or grammar), and score the content", ""),
         (a.quality == "poor" and approach != "rag", "Mend the rows: read 50, write down what is wrong, correct or drop them", "finetune-nb data rows.jsonl"),
         (a.trial == "useless" and approach == "undecided", "Rework the task or the rows before adding any: read the answers the trial got wrong", "finetune-nb data rows.jsonl"),
@@ -174,7 +176,7 @@ _DISAGREE = {"rows needed": lambda a, to: a.effective is not None, "prompting or
 
 def _disagreements(a, approach): return [table("disagreements").row(topic) for topic, asked in _DISAGREE.items() if asked(a, approach)]
 
-# %% ../nbs/07_decide.ipynb #3600e91b
+# %% ../nbs/07_decide.ipynb #1bb16e4b
 @dataclass(frozen=True)
 class Decision:
     "An approach, why, what it costs, what would change it and what to do next"
@@ -198,9 +200,10 @@ class Decision:
     def sums(self):
         "{approach: its points written out}, to be added up by hand"
         said = {a: [f"{'+' if r['effect'] == 'for' else '−'} {r['points']} {r['rule']}" for r in self.reasons if r["approach"] == a] for a in APPROACHES}
-        said["rag"] += [f"− {SYSTEM} an index to keep"]
+        said["rag"] = said["prompt"] + said["rag"] + [f"− {SYSTEM} an index to keep"]
         said["finetune"] += [f"− {SYSTEM} a model to keep"]
-        said["finetune+rag"] += [f"{'+' if self.scores[a] >= 0 else '−'} {abs(self.scores[a])} all of {a}" for a in ("rag", "finetune")]
+        own = {a: sum(r["points"] if r["effect"] == "for" else -r["points"] for r in self.reasons if r["approach"] == a) - SYSTEM for a in ("rag", "finetune")}
+        said["finetune+rag"] += [f"{'+' if n >= 0 else '−'} {abs(n)} {a} without a better prompt" if a == "rag" else f"{'+' if n >= 0 else '−'} {abs(n)} all of {a}" for a, n in own.items()]
         return {a: f"{' '.join(said[a]) or '0'} = {self.scores[a]}" for a in APPROACHES}
 
     def _parts(self):

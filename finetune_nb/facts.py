@@ -81,7 +81,7 @@ _rules = [
     ("rare-facts", "questions are about rare facts", "for", "rag", "retrieval ahead by far in 12 models", "Soudani et al., arXiv 2403.01432"),
 ]
 
-# %% ../nbs/01_facts.ipynb #7f700674
+# %% ../nbs/01_facts.ipynb #afe80250
 _rules += [
     ("snapshot", "the knowledge changes monthly or faster", "against", "finetune", "each change would need another training run", "seed; AWS Prescriptive Guidance"),
     ("facts-in-weights", "answers are wrong because information is missing", "against", "finetune", "a model tuned on a text learned its manner and not its facts; a fact needs many paraphrases to stick", "Anyscale, Fine tuning is for form, not facts, 2023; Ovadia et al., arXiv 2312.05934"),
@@ -89,6 +89,8 @@ _rules += [
     ("no-documents", "the facts are written down nowhere", "against", "rag", "there is nothing to search yet", "by construction"),
     ("few-shot", "fewer than 50 examples", "for", "prompt", "a handful of examples fits into the prompt; OpenAI sees gains from 50", "OpenAI supervised fine-tuning guide (its 50)"),
     ("prompt-untried", "neither careful instructions nor examples in the prompt have been tried", "for", "prompt", "prompting also shows whether the evaluation works", "HF LLM course; Hamel Husain, Is Fine-Tuning Still Valuable?, 2024"),
+    ("examples-untried", "no examples have been put into the prompt", "for", "prompt", "chosen examples or an optimized prompt led where tuning was expected to (SQL, extraction)", "DAIL-SQL, arXiv 2308.15363; Databricks, 2025; HF LLM course"),
+    ("open-ended", "open conversation, not one narrow task", "against", "finetune", "people found tuned answers 30 to 40 % less fitting than those from examples in the prompt", "Alghisi et al., arXiv 2406.06399"),
     ("prompt-spent", "examples in the prompt, or an optimizer, were tried and fall short", "for", "finetune", "fine-tuning is for what is left after prompting", "HF LLM course"),
     ("many-shot", "at least 50 examples fit into the model's context", "for", "prompt", "hundreds of examples in the context sometimes reach fine-tuning, and are paid on each request", "Agarwal et al., arXiv 2404.11018; SambaNova, Many-Shot Prompting, 2026"),
     ("trial-helped", "a short training on about 50 rows helped", "for", "finetune", "the sign to add rows", "OpenAI supervised fine-tuning guide"),
@@ -115,12 +117,12 @@ _table("rules", "Choose or do not choose", _RULE, *_rules,
     ("train-with-context", "retrieval stays in use after fine-tuning", "for", "finetune+rag", "train with retrieved passages, misleading ones among them", "RAFT, arXiv 2403.10131"),
     ("both-can-lose", "each alone has not been measured", "against", "finetune+rag", "OpenAI's Icelandic example got worse when retrieval was added", "OpenAI guide to model accuracy (figures from memory, not re-read)"))
 
-# %% ../nbs/01_facts.ipynb #06dafc8b
+# %% ../nbs/01_facts.ipynb #f27a8c86
 _table("disagreements", "Where the sources disagree", {"topic": "topic", "one": "one says", "other": "another says", "used": "what this package does"},
     ("rows needed", "500 and more, not under 100 (seed); 500 to 1,000 (Predibase); thousands (Azure 2023)", "from 10, gains at 50 to 100 (OpenAI); about 100 (Google)", "no hard stop but under 10; points rise at 10, 50, 100 and 500 distinct rows; then a measured learning curve", "seed; Predibase fine-tuning docs; Azure OpenAI fine-tuning considerations, 2023; OpenAI supervised fine-tuning guide; Google's tuning docs"),
     ("prompting or fine-tuning", "tuned 7B models 10 points above GPT-4 (LoRA Land)", "an optimized prompt on par with or above tuning (Databricks, GEPA)", "depends on the task: close scores are called undecided, and measured", "LoRA Land, arXiv 2405.00732; Databricks, 2025"),
     ("facts by training", "can teach new facts (Mistral); 6 points in agriculture", "retrieval better, hallucination rises (Ovadia, Soudani, Gekhman)", "retrieval first; training rows with new facts count against training", "Mistral's fine-tuning docs; arXiv 2401.08406; 2312.05934; 2403.01432; 2405.05904"),
-    ("both together", "gains add up (agriculture, RAFT, 3GPP)", "retrieval on top made it worse (OpenAI's Icelandic example)", "advised only if each alone is worth its cost, with a warning to measure both", "arXiv 2401.08406; 2403.10131; 2408.11775; OpenAI guide to model accuracy (figures from memory, not re-read)"),
+    ("both together", "gains add up (agriculture, RAFT, 3GPP)", "retrieval on top made it worse (OpenAI's Icelandic example), or tuning did (Fine-Failing, Lakatos et al.)", "advised only if each alone is worth its cost, with a warning to measure both", "arXiv 2401.08406; 2403.10131; 2408.11775; 2406.11201; Mach. Learn. Knowl. Extr. 7(1), 2025; OpenAI guide to model accuracy (figures from memory, not re-read)"),
     ("is it cheaper", "shorter prompts save tokens (OpenAI, Google, Azure 2025)", "cost alone: proceed with caution (Azure 2023); a cached prefix costs a tenth (Mistral) to a half (Fireworks)", "a break-even with caching, every assumption shown", "Azure OpenAI fine-tuning considerations, 2023 and 2025; Mistral docs, prompt caching; Fireworks docs, prompt caching"),
     ("learning rate", "2e-4 (QLoRA, Unsloth, seed)", "2e-5 in TRL's command line for the run it shows with 2e-4 in Python", "2e-4, a warning outside 2e-5 to 5e-4", "QLoRA paper, arXiv 2305.14314; TRL docs, LoRA without regret"),
     ("alpha", "twice the rank (seed)", "a quarter of it (QLoRA), or 32 for all ranks (Schulman et al.)", "twice the rank; a warning below the rank", "seed; QLoRA paper's scripts; Schulman et al., 2025"),

@@ -146,7 +146,7 @@ def test_the_points_add_up(a):
     found = decide(a)
     own = {x: sum(r["points"] * (1 if r["effect"] == "for" else -1) for r in found.reasons if r["approach"] == x) for x in APPROACHES}
     rag, tune = own["rag"] - SYSTEM, own["finetune"] - SYSTEM
-    assert found.scores == {"prompt": own["prompt"], "rag": rag, "finetune": tune, "finetune+rag": own["finetune+rag"] + rag + tune}
+    assert found.scores == {"prompt": own["prompt"], "rag": own["prompt"] + rag, "finetune": tune, "finetune+rag": own["finetune+rag"] + rag + tune}
     for name, text in found.sums().items():
         left, total = text.rsplit(" = ", 1)
         words = left.replace("−", "-").split()
