@@ -73,10 +73,9 @@ def clashes(
     recipe,  # a Recipe
     way,  # a key of WAYS
     processes,  # how many train together
-    shapes=None,  # the model's Shapes, if known
 ):
     "Problems of a recipe with a way of sharing: errors are not legal, warnings are worth knowing"
-    r, qlora, adapters, fused = recipe, recipe.method == "qlora", recipe.method != "full", any(w.kind == "expert" and len(w.shape) == 3 for w in (shapes.weights if shapes else ()))
+    r, qlora, adapters = recipe, recipe.method == "qlora", recipe.method != "full"
     weights, zero3, deepspeed = way in DIVIDES_WEIGHTS, way in ("zero3", "zero3_offload"), way in STAGE
     small = r.optimizer in ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
     errors = [
@@ -86,7 +85,6 @@ def clashes(
         (adapters and weights and r.lora_init in CHANGES_BASE, "lora_init", "changes the base, and the way back to an ordinary adapter is lost while the weights are divided", "Use parallel: zero2, or lora_init: default", r.lora_init, "peft issue 1826 and accelerate issue 2886 for older versions; saving is not written here"),
         (adapters and zero3 and r.lora_init == "eva", "lora_init", "needs whole weights before training starts", "Use parallel: zero2, or lora_init: default", "eva", SEEN),
         (adapters and way == "fsdp" and "lm_head" in r.modules_to_save, "modules_to_save", "would train the output layer of each process apart: TRL's loss reads it past FSDP, so its gradient is not averaged", "Use parallel: zero3 or zero2", r.modules_to_save, SEEN),
-        (adapters and zero3 and fused and r.lora_targets == "all-linear", "lora_targets", "would silently leave out the experts: they are found by their shape, and ZeRO-3 has emptied the weights by then", "Use parallel: fsdp", r.lora_targets, SEEN),
         (way == "fsdp" and small, "optimizer", "does not know divided tensors", "Use optimizer: adamw_torch_fused", r.optimizer, f"bitsandbytes issue 1633, LLaMA-Factory issue 5619; {SEEN}"),
         (r.optimizer == "adafactor" and way != "none", "optimizer", "keeps one number for a row and a column: FSDP2 refuses that, and DeepSpeed lays weights flat, which silently makes it another optimizer", "Use optimizer: adamw_torch_fused", "adafactor", SEEN),
     ]
@@ -210,7 +208,7 @@ def judge(
     p, b = plan(shapes, s, usable), base(shapes, s)
     wide = 4 if s.autocast == "none" and s.base_dtype == "float32" else 2
     gradients = sum(trained(shapes, s)) * (4 if way == "none" and r.method != "qlora" else wide)  # plain copies average in 32 bit, the others in the computing format
-    against, fits = "; ".join(str(x) for x in clashes(recipe, way, processes, shapes) if x.level == "error"), p.peak_bytes <= usable
+    against, fits = "; ".join(str(x) for x in clashes(recipe, way, processes) if x.level == "error"), p.peak_bytes <= usable
     return Option(way, p.low, p.peak_bytes, p.high, p.ram.expected, sends(way, b.quantized + b.scales + b.plain, gradients, processes, r.accumulation), fits, bool(p.fits) and not fits, against)
 
 # %% ../nbs/13_distribute.ipynb #d3335a64
@@ -289,7 +287,7 @@ def choose(
     quick = next((r for r in rounds if r), None)
     if not quick: raise _too_small(shapes, recipe, legal, n, usable)
     best = next(o for o in quick if o.sent <= max(1 << 30, 1.05 * min(q.sent for q in quick)))
-    warnings = [str(p) for p in clashes(recipe, best.way, n, shapes) if p.level == "warning"]
+    warnings = [str(p) for p in clashes(recipe, best.way, n) if p.level == "warning"]
     if best.tight: warnings.append("tight: what tensors need fits, what PyTorch keeps in its cache beside it does not; rehearse it" + ("" if best.way == "zero3_offload" else ", and take zero3_offload if it fails"))
     elif best.high > usable: warnings.append(f"at the upper end of the estimate ({human_bytes(best.high)}) it would not fit: rehearse it before a long run")
     if n > shapes.layers: warnings.append(f"{n} GPUs are more than the model's {shapes.layers} decoder blocks: legal, but each piece is small and traffic decides the speed")

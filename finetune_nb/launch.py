@@ -76,7 +76,7 @@ def prepare(
     "Write what the processes need into folder/parallel, and return the command of each machine"
     folder = Path(folder).resolve()
     place, recipe = folder / "parallel", load(folder / "recipe.yaml")
-    stop_on_errors([p for p in clashes(recipe, known_way(way), processes * nodes, shapes) if p.level == "error"])
+    stop_on_errors([p for p in clashes(recipe, known_way(way), processes * nodes) if p.level == "error"])
     if not (folder / "data" / "train.jsonl").exists():
         from finetune_nb import data, job
         for side, found in zip(("train", "eval"), job.rows(recipe)): data.save(found.rows, folder / "data" / f"{side}.jsonl")
@@ -101,7 +101,7 @@ def train(
     place, recipe = folder / "parallel", load(folder / "recipe.yaml")
     if known_way(way) in STAGE: require("deepspeed", "--no-build-isolation deepspeed", f"parallel: {way}")
     prepare(folder, shapes, way, processes, choices, resume=resume)
-    for line in [share(recipe, processes)[1], *(f"note: {p}" for p in clashes(recipe, way, processes, shapes) if p.level == "warning")]: say(line)
+    for line in [share(recipe, processes)[1], *(f"note: {p}" for p in clashes(recipe, way, processes) if p.level == "warning")]: say(line)
     code = watch([sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(place / "accelerate.yaml"), "-m", "finetune_nb.launch", str(folder)], place, say)
     if not (place / "done.json").exists(): raise _failure(place, code)
     done = Trained(**read_json(place / "done.json"))

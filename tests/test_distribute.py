@@ -1,6 +1,6 @@
 """Two processes over gloo, without a GPU: every way of sharing trains what one process trains, resumes, and leaves one ordinary adapter.
 
-One launch a way trains with LoRA, resumes from the second of three checkpoints, and trains every weight. About 20 s a launch on an idle core.
+One launch a way trains with LoRA, resumes from the second of three checkpoints, trains every weight, and a mixture of experts with LoRA. About 25 s a launch on an idle core.
 """
 import json
 import shutil
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import chat_rows, ended, losses, saved_weights, start, train_here, write_rows
+from conftest import chat_rows, ended, losses, make_tokenizer, saved_weights, start, train_here, write_rows
 from finetune_nb import launch
 from finetune_nb.core import UserError, read_json, write_atomic, write_json
 from finetune_nb.distribute import STAGE, WAYS, choose, files, write
@@ -76,7 +76,7 @@ def test_every_choice_is_legal_and_fits():
 
 RECIPE = dict(dtype="float32", batch_size=2, accumulation=4, epochs=1.0, packing=False, max_length=0, log_steps=1, eval_steps=1, save_steps=1, threads=1, gradient_checkpointing=True, lora_dropout=0.0,
               warmup=0.0, fast_path=False, optimizer="adamw_torch_fused", keep_checkpoints=5, scheduler="constant")
-KINDS = dict(lora=dict(learning_rate=3e-3), full=dict(method="full", learning_rate=0.05))  # this rate overshoots: the best checkpoint is not the last
+KINDS = dict(lora=dict(learning_rate=3e-3), experts=dict(learning_rate=3e-3), full=dict(method="full", learning_rate=0.05))  # this rate overshoots: the best checkpoint is not the last
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +86,29 @@ def rows(tmp_path_factory):
     return place
 
 
+@pytest.fixture(scope="module")
+def tiny(tiny_model, tmp_path_factory):
+    "{kind: model folder}; the experts are fused parameters, which adapters find by their shape"
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+    folder = tmp_path_factory.mktemp("experts") / "model"
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(vocab_size=332, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.15,
+                                     num_local_experts=4, num_experts_per_tok=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return dict.fromkeys(KINDS, tiny_model) | dict(experts=str(folder))
+
+
 def recipe(kind, model, rows, **more): return from_values(RECIPE | KINDS[kind] | dict(model=model, data=str(rows / "train.jsonl"), eval_data=str(rows / "eval.jsonl")) | more)
 
 
 @pytest.fixture(scope="module")
-def one(tiny_model, rows, tmp_path_factory, frozen):
+def one(tiny, rows, tmp_path_factory, frozen):
     "{kind: (losses, saved weights)} of one process"
     out = {}
     for kind in KINDS:
         folder = tmp_path_factory.mktemp(kind)
-        trainer, _, _ = train_here(recipe(kind, tiny_model, rows), folder)
+        trainer, _, _ = train_here(recipe(kind, tiny[kind], rows), folder)
         out[kind] = losses(trainer), saved_weights(folder / "adapter")
     return out
 
@@ -109,12 +122,12 @@ def run_folder(folder, r, rows, way, resume=False, processes=2):
 
 
 @pytest.fixture(scope="module", params=EACH)
-def two(request, tiny_model, rows, tmp_path_factory):
+def two(request, tiny, rows, tmp_path_factory):
     "(way, {name: run folder}) after one launch with two processes"
     way, place = request.param, tmp_path_factory.mktemp(request.param)
-    made = {name: run_folder(place / name, recipe(kind, tiny_model, rows), rows, way, resume=name == "resumed") for name, kind in dict(lora="lora", resumed="lora", full="full").items()}
+    made = {name: run_folder(place / name, recipe(kind, tiny[kind], rows), rows, way, resume=name == "resumed") for name, kind in dict(lora="lora", resumed="lora", full="full", experts="experts").items()}
     config = write(files(way, "float32", 64, 100_000, 2, device="cpu", folder=place), place)[0]
-    work = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, HERE / "distribute_worker.py", made["lora"], f"{made['lora']}>{made['resumed']}", made["full"]]
+    work = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, HERE / "distribute_worker.py", made["lora"], f"{made['lora']}>{made['resumed']}", made["full"], made["experts"]]
     code, out, err = ended(start(*work, cwd=HERE.parent, PYTHONPATH=str(HERE.parent)), timeout=600)
     assert code == 0, f"{out[-3000:]}\n{err[-5000:]}"
     return way, made
@@ -133,6 +146,7 @@ def test_two_train_what_one_trains(two, one, kind):
     way, made = two
     assert len(one[kind][0]) == 6 and history(made[kind]) == pytest.approx(one[kind][0], rel=1e-4)
     close(saved_weights(made[kind] / "adapter"), one[kind][1], 2e-3 if kind == "full" else 1e-4)
+    if kind == "experts": assert any(".experts." in n for n in one[kind][1])
 
 
 def test_the_best_checkpoint_is_what_is_saved(two, one):
