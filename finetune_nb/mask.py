@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'MARKS', 'plain', 'from_template', 'encode', 'Mask', 'show_mask', 'gathered', 'end_problem',
-           'length_problems', 'encode_all']
+           'length_problems', 'encode_each', 'token_problems', 'cut_at', 'encode_all']
 
 # %% ../nbs/04b_mask.ipynb #e4772baf
 import html
@@ -146,7 +146,46 @@ def length_problems(
         found.append(Problem("max_length", f"cuts {len(cut)} of {len(rows)} rows ({100 * len(cut) / len(rows):.0f} %), so their answers have no end", f"Raise max_length to {max(lengths)} to keep every row whole", max_length, level="error" if every else "warning"))
     return found
 
-# %% ../nbs/04b_mask.ipynb #ad12ee0a
+# %% ../nbs/04b_mask.ipynb #e44572ce
+def encode_each(
+    data,  # a Data, or a list of normalised rows
+    tokenizer,  # a transformers tokenizer
+    tell=None,  # called with the number of rows done
+):
+    "(rows that can be encoded, each encoded whole, the problems of the others)"
+    good, full, found = [], [], []
+    for n, row in enumerate(getattr(data, "rows", data), 1):
+        if tell: tell(n)
+        try: full.append(encode(row, tokenizer))
+        except UserError as e: found += e.problems
+        else: good.append(row)
+    return good, full, gathered(found)
+
+
+def token_problems(
+    rows,  # normalised rows
+    full,  # each row encoded whole, to train on the completion
+    tokenizer,  # the tokenizer they were encoded with
+):
+    "Problems of the special tokens: no end is trained, the start stands twice, nothing is trained"
+    problems = [p] if (p := end_problem(rows, full, tokenizer)) else []
+    twice = [r["row"] for r, e in zip(rows, full) if e["input_ids"][:2] == [tokenizer.bos_token_id] * 2]
+    if twice:
+        problems.append(Problem("tokenizer", f"puts the start token {tokenizer.bos_token!r} twice before {len(twice)} of {len(rows)} rows, the first of them row {twice[0]}",
+                                "Take it out of the rows' text, or out of the template"))
+    nothing = [r["row"] for r, e in zip(rows, full) if all(i == -100 for i in e["labels"])]
+    return problems + gathered([Problem(f"row {n}", "has no token that would be trained", "Use a template that writes the answer after the prompt") for n in nothing])
+
+# %% ../nbs/04b_mask.ipynb #f9849b33
+def cut_at(
+    encoded,  # a row encoded whole
+    max_length,  # tokens to keep; 0 keeps all
+):
+    "The encoded row cut to a length"
+    keep = max_length or len(encoded["input_ids"])
+    return {k: encoded[k][:keep] for k in ("input_ids", "labels")} | {"cut": len(encoded["input_ids"]) > keep}
+
+
 def encode_all(
     data,  # a Data, or a list of normalised rows
     tokenizer,  # a transformers tokenizer
@@ -154,20 +193,8 @@ def encode_all(
     train_on="completion",  # "completion" or "all", as in `encode`
 ):
     "(the encoded rows, all problems); rows that cannot be encoded are missing and have their error among the problems"
-    good, full, found = [], [], []
-    for row in getattr(data, "rows", data):
-        try: full.append(encode(row, tokenizer))
-        except UserError as e: found += e.problems
-        else: good.append(row)
-    lengths, keep = [len(e["input_ids"]) for e in full], max_length or None
-    encoded = [{k: e[k][:keep] for k in ("input_ids", "labels")} | {"cut": n > (keep or n)} for e, n in zip(full, lengths)]
-    problems = gathered(found) + length_problems(good, encoded, lengths, max_length)
-    if p := end_problem(good, encoded, tokenizer): problems.append(p)
-    twice = [r["row"] for r, e in zip(good, full) if e["input_ids"][:2] == [tokenizer.bos_token_id] * 2]
-    if twice:
-        problems.append(Problem("tokenizer", f"puts the start token {tokenizer.bos_token!r} twice before {len(twice)} of {len(good)} rows, the first of them row {twice[0]}",
-                                "Take it out of the rows' text, or out of the template"))
-    nothing = [r["row"] for r, e in zip(good, full) if all(i == -100 for i in e["labels"])]
-    if nothing: problems += gathered([Problem(f"row {n}", "has no token that would be trained", "Use a template that writes the answer after the prompt") for n in nothing])
+    good, full, problems = encode_each(data, tokenizer)
+    encoded = [cut_at(e, max_length) for e in full]
+    problems += length_problems(good, encoded, [len(e["input_ids"]) for e in full], max_length) + token_problems(good, full, tokenizer)
     if train_on == "all": encoded = [e | {"labels": list(e["input_ids"])} for e in encoded]
     return encoded, problems
