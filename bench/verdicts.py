@@ -1,10 +1,11 @@
 """What the verdict's statistics do over and over: false alarms, differences found, intervals that hold the truth.
 
-usage: python bench/verdicts.py [--simulations 2000] [--only null,power,smallest,ruled,curve] [--out bench/results/NAME.json]
+usage: python bench/verdicts.py [--simulations 2000] [--only null,power,smallest,ruled,curve,intervals] [--out bench/results/NAME.json]
 
 Arms answer the same rows. A row is hard for every arm (half of what decides is shared), the rest is each arm's own.
 Scores are rights and wrongs, or graded from 0 to 1 with most of them near the ends, or rights and wrongs in groups of
-ten rows from one template, where an arm is good or bad at a whole template. Beside our procedure stands what people
+ten rows from one template, where an arm is good or bad at a whole template. Part null is
+simulated as often as --simulations says, the others half as often. Beside our procedure stands what people
 otherwise do: an unpaired t-test for each pair, uncorrected, as if all rows were independent.
 """
 import argparse
@@ -13,17 +14,20 @@ import platform
 import subprocess
 import time
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
+from finetune_nb import compare_scores, differences as module
 from finetune_nb.core import write_json
-from finetune_nb.differences import differences, smallest_difference
+from finetune_nb.differences import differences, mean_score, pair_interval, smallest_difference
 from finetune_nb.hardware import versions
 from finetune_nb.verdict import ORDER, judge_arms, more_data
 
 KINDS, SIZES, BASES, ARMS, GROUP = ("binary", "graded", "clustered"), (30, 100, 200, 1000), (0.05, 0.5, 0.95), list(ORDER), 10
+compare_scores.interval = module.interval = lru_cache(None)(module.interval)  # the same few intervals are asked for millions of times
 GRID = np.linspace(-5, 5, 4001)
 
 
@@ -120,6 +124,33 @@ def ruled(times, rng):
             yield {"scores": kind, "rows": n, "ruled_out": share(sum(answers.get(a, 0) for a in ("no difference", "don't fine-tune")), times), "answers": answers}
 
 
+def usual_intervals(u, draws=1000):
+    "{method: (low, high)} of the mean of each line of u, by Student's t and two bootstraps over its units"
+    n, mean, error = u.shape[1], u.mean(1), u.std(1, ddof=1) / np.sqrt(u.shape[1])
+    weights = np.random.default_rng(1).multinomial(n, np.full(n, 1 / n), draws).T / n
+    means = u @ weights
+    errors = np.sqrt(np.maximum(u**2 @ weights - means**2, 0) / (n - 1))
+    with np.errstate(all="ignore"): t = np.where(errors > 1e-9, (means - mean[:, None]) / errors, np.sign(means - mean[:, None]) * 1e9)
+    half, (t_low, t_high), (low, high) = stats.t.ppf(0.975, n - 1) * error, np.quantile(t, (0.025, 0.975), axis=1), np.quantile(means, (0.025, 0.975), axis=1)
+    studentised = np.where(error > 0, mean - t_high * error, mean), np.where(error > 0, mean - t_low * error, mean)
+    return {"t": (mean - half, mean + half), "percentile": (low, high), "bootstrap_t": tuple(np.clip(s, -1, 1) for s in studentised)}
+
+
+def intervals(times, rng):
+    "Which interval holds the truth, and how wide is it? Ours, Student's t, the percentile bootstrap and the bootstrap-t"
+    for kind in ("graded", "clustered"):
+        for n in (30, 100, 200):
+            for means in ((0.05, 0.05), (0.5, 0.5), (0.95, 0.95), (0.5, 0.65), (0.8, 0.95)):
+                for shared in (0.5, 0.98):
+                    x, groups = scores(rng, kind, times, n, np.array(means), shared), groups_of(kind, n)
+                    units = lambda values: values.reshape(times, -1, GROUP).mean(2) if groups else values
+                    ours = {"score": [mean_score(one[1].tolist(), groups) for one in x], "difference": [pair_interval(one[1].tolist(), one[0].tolist(), groups) for one in x]}
+                    for what, values, truth in (("score", x[:, 1], means[1]), ("difference", x[:, 1] - x[:, 0], means[1] - means[0])):
+                        found = {"ours": tuple(np.array([o[k] for o in ours[what]]) for k in ("low", "high"))} | usual_intervals(units(values))
+                        yield {"scores": kind, "rows": n, "of": what, "means": means, "shared": shared,
+                               **{m: {"coverage": round(float(((low <= truth + 1e-12) & (truth <= high + 1e-12)).mean()), 4), "width": round(float((high - low).mean()), 4)} for m, (low, high) in found.items()}}
+
+
 def curve(times, rng):
     "Learning curves that are flat, flatten at the end, or rise: what is said about more data?"
     shapes = {"flat": (0.6, 0.6, 0.6), "flattens": (0.4, 0.6, 0.61), "rises by 8 points a doubling": (0.44, 0.52, 0.6), "rises by 15": (0.3, 0.45, 0.6)}
@@ -135,13 +166,13 @@ def curve(times, rng):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulations", type=int, default=2000)
-    parser.add_argument("--only", default="null,power,smallest,ruled,curve")
+    parser.add_argument("--only", default="null,power,smallest,ruled,curve,intervals")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     start, found = time.perf_counter(), {}
     for part in args.only.split(","):
         found[part] = []
-        for line in {f.__name__: f for f in (null, power, smallest, ruled, curve)}[part](args.simulations, np.random.default_rng(0)):
+        for line in {f.__name__: f for f in (null, power, smallest, ruled, curve, intervals)}[part](args.simulations if part == "null" else args.simulations // 2, np.random.default_rng(0)):
             print(part, *(f"{k} {v['share'] if isinstance(v, dict) and 'share' in v else v}" for k, v in line.items()), flush=True)
             found[part].append(line)
     result = dict(question="how often identical arms are called different, planted differences are found, and intervals hold the truth", simulations=args.simulations, **found, seconds=round(time.perf_counter() - start), load=os.getloadavg(),

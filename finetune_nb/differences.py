@@ -13,7 +13,14 @@ from functools import lru_cache
 from .compare_scores import paired_shares
 from .evaluate import interval
 
-# %% ../nbs/09e_differences.ipynb #01b8fb17
+# %% ../nbs/09e_differences.ipynb #710cc962
+@lru_cache(256)
+def _quantile(p, df):
+    "Student's t quantile; kept, because it is asked for again and again"
+    from scipy import stats
+    return float(stats.t.ppf(p, df))
+
+
 def _sums(values, groups):
     "The sum of the values of each group; every row is its own group if groups is None"
     import numpy as np
@@ -21,14 +28,13 @@ def _sums(values, groups):
     names = {g: i for i, g in enumerate(dict.fromkeys(groups))}
     return np.bincount([names[g] for g in groups], np.asarray(values, float), len(names))
 
-# %% ../nbs/09e_differences.ipynb #f21e08f8
+# %% ../nbs/09e_differences.ipynb #3c426713
 def mean_score(
     values,  # one score from 0 to 1 for each row
     groups=None,  # the group of each row; rows of a group are not independent
 ):
     "{mean, low, high, effective} with a 95 % interval; `effective` is how many independent rights and wrongs would be as sure"
     import numpy as np
-    from scipy import stats
     x, n = np.asarray(values, float), len(values)
     mean = float(x.mean())
     if groups is None and set(values) <= {0, 1}: return dict(zip(("mean", "low", "high", "effective"), (mean, *interval(int(x.sum()), n), float(n))))
@@ -38,7 +44,7 @@ def mean_score(
     variance = float((parts**2).sum()) / n**2 * count / (count - 1)
     variance = (count * variance + most / count) / (count + 1)
     effective = min(most / variance, n**2) if most > 1e-12 else float(count)
-    z = float(stats.t.ppf(0.975, count - 1))
+    z = _quantile(0.975, count - 1)
     middle, half = (mean + z * z / (2 * effective)), z * math.sqrt(most / effective + z * z / (4 * effective**2))
     low, high = ((middle + s * half) / (1 + z * z / effective) for s in (-1, 1))
     return {"mean": mean, "low": max(low, 0.0), "high": min(high, 1.0), "effective": effective}
@@ -74,13 +80,13 @@ def sign_flip(
         p[j] = (np.abs(flips @ sizes[:k, j]) >= limit[j]).mean()
     return p
 
-# %% ../nbs/09e_differences.ipynb #effb56d6
+# %% ../nbs/09e_differences.ipynb #a92c7d0d
 def _spread(sums, n, typical):
-    "(standard error, units) of sum(sums) / n, with one more unit counted in for each side"
+    "(standard error, units) of sum(sums) / n; `typical` is the size of a unit that differs, for when none does"
     import numpy as np
-    largest = float(np.abs(sums).max()) or typical
-    units, centre = len(sums), float(sums.mean())
-    variance = (float(((sums - centre) ** 2).sum()) + 2 * largest**2) / (units + 1)
+    units, largest = len(sums), float(np.abs(sums).max())
+    more, size = (0.5, largest) if largest else (2.0, typical)
+    variance = (float(((sums - sums.mean()) ** 2).sum()) + more * size**2) / (units - 1 + more)
     return math.sqrt(variance * units) / n, units
 
 
@@ -91,14 +97,13 @@ def pair_interval(
 ):
     "{value, low, high, error, p}: a minus b with a paired 95 % interval and its standard error; p is None unless McNemar's test applies"
     import numpy as np
-    from scipy import stats
     d, n = np.asarray(a, float) - np.asarray(b, float), len(a)
     sums = _sums(d, groups)
     error, units = _spread(sums, n, n / len(sums))
     if groups is None and set(a) | set(b) <= {0, 1}:
         found = paired_shares(b, a)
         return {"value": found["value"], "low": found["low"], "high": found["high"], "error": error, "p": found["p"]}
-    half = float(stats.t.ppf(0.975, units - 1)) * error if units > 1 else 1.0
+    half = _quantile(0.975, units - 1) * error if units > 1 else 1.0
     value = float(d.mean())
     return {"value": value, "low": max(value - half, -1.0), "high": min(value + half, 1.0), "error": error, "p": None}
 
@@ -145,7 +150,7 @@ def smallest_gain(
     for _ in range(20): low, high = (low, (low + high) / 2) if seen((low + high) / 2) else ((low + high) / 2, high)
     return high
 
-# %% ../nbs/09e_differences.ipynb #b36fe94a
+# %% ../nbs/09e_differences.ipynb #938a0a8d
 def smallest_difference(
     a,  # scores of one arm
     b,  # scores of the other, same rows
@@ -153,12 +158,11 @@ def smallest_difference(
     alpha=0.05,  # the p below which a difference is claimed, after dividing by the number of pairs
 ):
     "The smallest true difference that these rows would show in four of five repetitions; None if they can show none"
-    from scipy import stats
     if groups is None and set(a) | set(b) <= {0, 1}:
         return smallest_gain(len(a), (sum(x != y for x, y in zip(a, b)) + 1) / (len(a) + 2), alpha)
     units = len(a) if groups is None else len(set(groups))
     if 2 / 2**min(units, 60) > alpha: return None
-    found = pair_interval(a, b, groups)["error"] * float(stats.t.ppf(1 - alpha / 2, units - 1) + stats.t.ppf(0.8, units - 1))
+    found = pair_interval(a, b, groups)["error"] * (_quantile(1 - alpha / 2, units - 1) + _quantile(0.8, units - 1))
     return found if found <= 1 else None
 
 # %% ../nbs/09e_differences.ipynb #f3ac1301

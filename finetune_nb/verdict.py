@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ORDER', 'kind_of', 'Verdict', 'judge_arms', 'MoreData', 'more_data', 'look']
 
-# %% ../nbs/10_verdict.ipynb #d4ad9b3b
+# %% ../nbs/10_verdict.ipynb #a1f5135f
 import html, math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .core import Problem, UserError, markdown_table, nearest, read_json, sha256_json, stop_on_errors, write_json
-from .differences import _spread, _sums, differences
+from .differences import _quantile, _spread, _sums, differences
 
 # %% ../nbs/10_verdict.ipynb #51c343e2
 ORDER = {"prompt": "don't fine-tune", "few-shot": "don't fine-tune", "rag": "retrieve", "finetune": "fine-tune", "finetune+rag": "fine-tune and retrieve"}
@@ -157,7 +157,7 @@ class Verdict:
         tables = "".join(f"<table>{row('th', t[0])}{''.join(row('td', r.values()) for r in t)}</table>" for t in self._sections())
         return f"<p><b>{e(self.text)}</b></p>{tables}<ul>{''.join(f'<li>{e(n)}</li>' for n in self.notes)}</ul>"
 
-# %% ../nbs/10_verdict.ipynb #61a1e637
+# %% ../nbs/10_verdict.ipynb #0ee6cff9
 def _plot(v):
     from matplotlib.figure import Figure
     grey, seen = "#808080", "#2a8fd0"
@@ -178,7 +178,7 @@ def _plot(v):
     bars(right, [(f"{p['a']} − {p['b']}", p["value"], p["low"], p["high"], seen if p["differ"] else grey) for p in turned])
     right.axvline(0, color=grey, lw=1.5)
     right.axvspan(-100 * v.matters, 100 * v.matters, color=grey, alpha=0.15, lw=0)
-    for axes, title in ((left, "score and 95 % interval (blue: the arm to take)"), (right, "difference in points (blue: seen; band: too small to matter)")): axes.set_title(title, color=grey, fontsize=9)
+    for axes, title in ((left, "score and 95 % interval\n(blue: the arm to take)"), (right, "difference in points\n(blue: seen; band: too small to matter)")): axes.set_title(title, color=grey, fontsize=9)
     return figure
 
 # %% ../nbs/10_verdict.ipynb #5e577904
@@ -236,7 +236,7 @@ def _notes(v, aside, failed, given, looks):
         if (o["answer"], o["arm"]) != (v.answer, v.arm): yield f"{k[0].upper()}{k[1:]}, the answer would be: {o['answer']} ({o['arm']})."
     if looks > 1: yield f"These rows were looked at {looks} times. Whoever goes on until something is seen will see something: after {looks} looks up to {100 * (1 - 0.95**looks):.0f} % of the time without any cause. Decide on new rows."
 
-# %% ../nbs/10_verdict.ipynb #59986aa9
+# %% ../nbs/10_verdict.ipynb #4ed65ac1
 @dataclass
 class MoreData:
     "Whether more training rows would help"
@@ -252,11 +252,10 @@ class MoreData:
 
 def _contrast(curve, weights, groups, spread):
     "{value, low, high} of a weighted sum of the sizes' scores, paired over rows"
-    from scipy import stats
     per_row = [sum(w * s for w, s in zip(weights, row)) for row in zip(*curve)]
     value, sums, n = sum(per_row) / len(per_row), _sums(per_row, groups), len(per_row)
     error, units = _spread(sums, n, n / len(sums) * sum(map(abs, weights)) / 2)
-    half = float(stats.t.ppf(0.975, units - 1)) * math.sqrt(error**2 + spread**2 * sum(w * w for w in weights))
+    half = _quantile(0.975, units - 1) * math.sqrt(error**2 + spread**2 * sum(w * w for w in weights))
     return {"value": value, "low": value - half, "high": value + half}
 
 # %% ../nbs/10_verdict.ipynb #7e7b131c

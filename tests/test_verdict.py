@@ -293,7 +293,7 @@ def test_more_data():
     assert more_data(up, spread=0.2).answer == "cannot tell", "training runs that differ by 20 points make three points worthless"
     flat = {n: arms(600, finetune=1.0)["finetune"] for n in (125, 250, 500)}
     assert more_data(flat).answer == "no" and abs(more_data(flat).slope["value"]) < 1e-9
-    assert more_data({k: v[:10] for k, v in up.items()}).answer in ("cannot tell", "yes") and more_data({250: flat[250][:8], 500: up[250][:8]}).answer == "cannot tell"
+    assert more_data({250: flat[250][:8], 500: flat[250][:8]}).answer == "cannot tell", "eight rows on which nothing changes are not a flat curve"
     down = more_data({125: up[500], 250: up[250], 500: up[125]})
     assert down.answer == "no" and json.dumps(down.to_json(), allow_nan=False)
 
