@@ -175,10 +175,10 @@ def main():
         for line in {f.__name__: f for f in (null, power, smallest, ruled, curve, intervals)}[part](args.simulations if part == "null" else args.simulations // 2, np.random.default_rng(0)):
             print(part, *(f"{k} {v['share'] if isinstance(v, dict) and 'share' in v else v}" for k, v in line.items()), flush=True)
             found[part].append(line)
-    result = dict(question="how often identical arms are called different, planted differences are found, and intervals hold the truth", simulations=args.simulations, **found, seconds=round(time.perf_counter() - start), load=os.getloadavg(),
-                  python=platform.python_version(), versions=versions() | {"numpy": np.__version__}, date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                  commit=subprocess.run(["git", "describe", "--always", "--dirty=+changes", "--abbrev=12", "--match="], capture_output=True, text=True).stdout.strip())
-    if args.out: write_json(args.out, result)
+        result = dict(question="how often identical arms are called different, planted differences are found, and intervals hold the truth", simulations=args.simulations, **found, seconds=round(time.perf_counter() - start), load=os.getloadavg(),
+                      python=platform.python_version(), versions=versions() | {"numpy": np.__version__}, date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                      commit=subprocess.run(["git", "describe", "--always", "--dirty=+changes", "--abbrev=12", "--match="], capture_output=True, text=True).stdout.strip())
+        if args.out: write_json(args.out, result)  # after each part, for it takes long
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def kind_of(
     if kinds and arm in kinds: return kinds[arm] if kinds[arm] in ORDER else None
     return max((k for k in ORDER if arm == k or arm.startswith((f"{k}-", f"{k} ", f"{k}_", f"{k}:"))), key=len, default=None)
 
-# %% ../nbs/10_verdict.ipynb #4847a3f1
+# %% ../nbs/10_verdict.ipynb #1c4fbe05
 def _check(scores, groups, leaked, kinds, matters):
     "Every problem with what was given"
     lengths = {a: len(s) for a, s in scores.items()}
@@ -46,6 +46,11 @@ def _usable(scores):
     kept = {a: s for a, s in scores.items() if 2 * sum(v is None for v in s) <= n and n}
     rows = [i for i in range(n) if all(s[i] is not None for s in kept.values())] if kept else []
     return {a: [float(s[i]) for i in rows] for a, s in kept.items()}, rows, [a for a in scores if a not in kept]
+
+
+def _own(groups, rows):
+    "The groups of these rows; a row without a group is its own"
+    return None if groups is None else [("row", i) if groups[i] is None else groups[i] for i in rows]
 
 # %% ../nbs/10_verdict.ipynb #0cc4ae41
 def _against(pairs, x, y):
@@ -181,12 +186,12 @@ def _plot(v):
     for axes, title in ((left, "score and 95 % interval\n(blue: the arm to take)"), (right, "difference in points\n(blue: seen; band: too small to matter)")): axes.set_title(title, color=grey, fontsize=9)
     return figure
 
-# %% ../nbs/10_verdict.ipynb #5e577904
+# %% ../nbs/10_verdict.ipynb #5f774312
 def _analysed(scores, groups, kinds, costs, matters):
     "(answer, chosen, before, open, arms, pairs, rows, names, groups, set aside) for these rows"
     used, rows, aside = _usable(scores)
     if not rows: raise UserError(Problem("scores", "leave no row that all arms have", "Run the failed arms again; the report of each says why it failed", aside or None))
-    own = [groups[i] for i in rows] if groups is not None else None
+    own = _own(groups, rows)
     rank = lambda a: (list(ORDER).index(kind_of(a, kinds)), math.inf if (costs or {}).get(a) is None else costs[a])
     names = sorted(used, key=rank)
     arms, pairs = differences({a: used[a] for a in names}, own)
@@ -195,7 +200,7 @@ def _analysed(scores, groups, kinds, costs, matters):
 
 def judge_arms(
     scores,  # {arm: one score from 0 to 1 for each row}, same rows in the same order; None where the arm failed
-    groups=None,  # the group (template, document) of each row; None: rows are independent
+    groups=None,  # the group (template, document) of each row, None for a row of its own; None: all rows are independent
     leaked=None,  # True for each row that also stands in the training data
     matters=0.05,  # the smallest difference worth having, 0.05 = 5 points
     kinds=None,  # {arm: key of ORDER} for arms whose name does not say it
@@ -258,7 +263,7 @@ def _contrast(curve, weights, groups, spread):
     half = _quantile(0.975, units - 1) * math.sqrt(error**2 + spread**2 * sum(w * w for w in weights))
     return {"value": value, "low": value - half, "high": value + half}
 
-# %% ../nbs/10_verdict.ipynb #7e7b131c
+# %% ../nbs/10_verdict.ipynb #9c6f78fb
 def more_data(
     curve,  # {training rows: scores on the evaluation rows}, the same rows in the same order; two sizes at least
     groups=None,  # the group of each evaluation row
@@ -270,7 +275,7 @@ def more_data(
     if len(sizes) < 2: raise UserError(Problem("curve", "has fewer than two sizes", "Train on 25, 50 and 100 % of the rows", sizes))
     stop_on_errors(list(_check({f"finetune {n}": curve[n] for n in sizes}, groups, None, None, matters)))
     used, rows, aside = _usable({n: curve[n] for n in sizes})
-    own = [groups[i] for i in rows] if groups is not None else None
+    own = _own(groups, rows)
     if aside or len(set(own) if own else rows) < 2: raise UserError(Problem("curve", "has too few scored rows", "Run the sizes that failed again", aside or None))
     logs = [math.log2(n) for n in sizes]
     centre = sum(logs) / len(logs)

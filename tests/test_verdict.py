@@ -247,6 +247,13 @@ def test_groups_take_away_what_only_looks_like_much():
     assert judge_arms(s).answer == "fine-tune" and judge_arms(s, groups=groups).answer == "undecided"
 
 
+def test_a_row_without_group_is_its_own():
+    s = arms(60, prompt=-1, finetune=1)
+    assert judge_arms(s, groups=[None] * 60).pairs == judge_arms(s).pairs
+    v = judge_arms(s, groups=[None] * 40 + ["a"] * 20)
+    assert v.groups == 41 and v.pairs == judge_arms(s, groups=list(range(40)) + ["a"] * 20).pairs
+
+
 @pytest.mark.parametrize("given_, says", [
     (dict(scores={}), "no arm with rows"), (dict(scores={"prompt": []}), "no arm with rows"), (dict(scores={"prompt": [1], "rag": [1, 0]}), "different numbers of rows"),
     (dict(scores={"prompt": [1, 2]}), "scores of prompt, row 2"), (dict(scores={"prompt": [1, float("nan")]}), "row 2"), (dict(scores={"prompt": ["1"]}), "row 1"), (dict(scores={"prompt": [-0.1]}), "row 1"),
