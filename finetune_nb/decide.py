@@ -162,12 +162,12 @@ def _next(a, approach):
     do, command = next(((do, command) for missing, do, command in steps if missing), ("Measure the approaches side by side on the evaluation rows", "finetune-nb bakeoff recipe.yaml"))
     return dict(do=do + ".", command=command)
 
-# %% ../nbs/07_decide.ipynb #67be8379
+# %% ../nbs/07_decide.ipynb #55a701e8
 def _priced(a, assumed):
     found, missing = _costs(a, assumed), [n for n in ("requests", "prompt_tokens") if getattr(a, n) is None]
     ways = [dict(approach=w.approach, first=round(w.first), work_hours=round(w.work), month=None if missing else round(w.month), total=None if missing else round(w.total),
                  time_and_cost=table("approaches").row(w.approach)["cost"], upkeep=table("approaches").row(w.approach)["updates"]) for w in found.ways]
-    return dict(ways=ways, unknown=missing, break_even_months=None if missing else found.break_even(), verdict="" if missing else found.verdict(), assumptions=assumed.table())
+    return dict(ways=ways, unknown=missing, break_even_months=None if missing else found.break_even(), shorter_prompt=None if missing else found.shorter_prompt(), verdict="" if missing else found.verdict(), assumptions=assumed.table())
 
 
 _DISAGREE = {"rows needed": lambda a, to: a.effective is not None, "prompting or fine-tuning": lambda a, to: a.fails == "behaviour", "facts by training": lambda a, to: a.new_facts or a.fails in ("facts", "both"),
@@ -176,7 +176,7 @@ _DISAGREE = {"rows needed": lambda a, to: a.effective is not None, "prompting or
 
 def _disagreements(a, approach): return [table("disagreements").row(topic) for topic, asked in _DISAGREE.items() if asked(a, approach)]
 
-# %% ../nbs/07_decide.ipynb #1bb16e4b
+# %% ../nbs/07_decide.ipynb #eaa4df13
 @dataclass(frozen=True)
 class Decision:
     "An approach, why, what it costs, what would change it and what to do next"
@@ -188,7 +188,7 @@ class Decision:
     warnings: list  # of {text, source}
     would_change: list  # of {question, text, now, answer, approach}, open questions first
     next_step: dict  # {do, command}
-    costs: dict  # {ways, unknown, break_even_months, verdict, assumptions}
+    costs: dict  # {ways, unknown, break_even_months, shorter_prompt, verdict, assumptions}
     disagreements: list  # rows of the facts where good sources differ and it matters here
     filled: dict  # answers that were read from the data, not told
     answers: dict  # everything it rests on
@@ -206,30 +206,31 @@ class Decision:
         said["finetune+rag"] += [f"{'+' if n >= 0 else '−'} {abs(n)} {a} without a better prompt" if a == "rag" else f"{'+' if n >= 0 else '−'} {abs(n)} all of {a}" for a, n in own.items()]
         return {a: f"{' '.join(said[a]) or '0'} = {self.scores[a]}" for a in APPROACHES}
 
-    def _parts(self):
-        "Headings with their tables (list of dicts) or sentences"
-        change = [dict(question=c["text"], now="open" if c["now"] is None else c["now"], **{"if it were": c["answer"], "then": c["approach"]}) for c in self.would_change]
-        money = lambda x: "?" if x is None else f"${x:,}"
-        yield "Next step", self.next_step["do"] + (f" `{self.next_step['command']}`" if self.next_step["command"] else "")
-        if self.filled: yield "Read from the data", ", ".join(f"{k} = {v}" for k, v in self.filled.items())
-        yield "Warnings", [dict(warning=w["text"], source=w["source"]) for w in self.warnings]
-        yield "Points", [dict(approach=a, sum=s, note=self.ruled_out.get(a, "") and f"ruled out: {self.ruled_out[a]}") for a, s in self.sums().items()]
-        yield "Reasons", [dict(points=f"{'+' if r['effect'] == 'for' else '−'}{r['points']} {r['approach']}", because=r["text"], known=r["evidence"], source=r["source"]) for r in self.reasons]
-        yield "What would change it", change[:10]
-        yield "Costs", [{"approach": w["approach"], "first version": money(w["first"]), "a person's hours": w["work_hours"], "a month": money(w["month"]), "upkeep": w["upkeep"]} for w in self.costs["ways"]]
-        yield "", self.costs["verdict"] or f"For a monthly bill answer: {', '.join(self.costs['unknown'])}. Prices and hours are assumptions, see costs.assumptions."
-        yield "Sources that disagree", [dict(topic=d["topic"], one=d["one"], other=d["other"], used=d["used"]) for d in self.disagreements]
-
     def _title(self): return f"Advice: {self.approach}"
 
-# %% ../nbs/07_decide.ipynb #c1673b6c
+# %% ../nbs/07_decide.ipynb #1463dfe1
+def _parts(decision):
+    "Headings with their tables (list of dicts) or sentences"
+    change = [dict(question=c["text"], now="open" if c["now"] is None else c["now"], **{"if it were": c["answer"], "then": c["approach"]}) for c in decision.would_change]
+    money = lambda x: "?" if x is None else f"${x:,}"
+    yield "Next step", decision.next_step["do"] + (f" `{decision.next_step['command']}`" if decision.next_step["command"] else "")
+    if decision.filled: yield "Read from the data", ", ".join(f"{k} = {v}" for k, v in decision.filled.items())
+    yield "Warnings", [dict(warning=w["text"], source=w["source"]) for w in decision.warnings]
+    yield "Points", [dict(approach=a, sum=s, note=decision.ruled_out.get(a, "") and f"ruled out: {decision.ruled_out[a]}") for a, s in decision.sums().items()]
+    yield "Reasons", [dict(points=f"{'+' if r['effect'] == 'for' else '−'}{r['points']} {r['approach']}", because=r["text"], known=r["evidence"], source=r["source"]) for r in decision.reasons]
+    yield "What would change it", change[:10]
+    yield "Costs", [{"approach": w["approach"], "first version": money(w["first"]), "a person's hours": w["work_hours"], "a month": money(w["month"]), "upkeep": w["upkeep"]} for w in decision.costs["ways"]]
+    yield "", decision.costs["verdict"] or f"For a monthly bill answer: {', '.join(decision.costs['unknown'])}. Prices and hours are assumptions, see costs.assumptions."
+    yield "Sources that disagree", [dict(topic=d["topic"], one=d["one"], other=d["other"], used=d["used"]) for d in decision.disagreements]
+
+
 def to_markdown(
     decision,  # a Decision
 ):
     "The decision as Markdown"
     out = [f"**{decision._title()}.** {decision.why}"] + ([f"> {markdown_table([{'task': decision.answers['task']}]).splitlines()[-1].strip('| ')}"] if decision.answers.get("task") else [])
-    for head, part in decision._parts():
-        if part: out += ([f"**{head}**"] if head else []) + [part if isinstance(part, str) else markdown_table(part)]
+    for head, part in _parts(decision):
+        if part: out += ([f"**{head}**"] if head else []) + [part.replace("$", r"\$") if isinstance(part, str) else markdown_table(part)]
     return "\n\n".join(out)
 
 
@@ -240,7 +241,7 @@ def to_html(
     e = lambda v: html.escape(str(v))
     rows = lambda part: "".join("<tr>" + "".join(f"<td style='text-align:left'>{e(v)}</td>" for v in r.values()) + "</tr>" for r in part)
     lines = [f"<h4>{e(decision._title())}</h4><p>{e(decision.why)}</p>"] + ([f"<blockquote>{e(decision.answers['task'])}</blockquote>"] if decision.answers.get("task") else [])
-    for head, part in decision._parts():
+    for head, part in _parts(decision):
         if not part: continue
         lines.append((f"<h5>{e(head)}</h5>" if head else "") + (f"<p>{e(part).replace('`', '')}</p>" if isinstance(part, str) else f"<table><tr>{''.join(f'<th>{e(k)}</th>' for k in part[0])}</tr>{rows(part)}</table>"))
     return "".join(lines)
@@ -248,9 +249,9 @@ def to_html(
 
 Decision._repr_markdown_, Decision._repr_html_ = to_markdown, to_html
 
-# %% ../nbs/07_decide.ipynb #919e8f5d
+# %% ../nbs/07_decide.ipynb #0d77332a
 def _fill(answers, report, eval_rows):
-    count = lambda v: v if isinstance(v, int) else len(v)
+    count = lambda v: len(v) if hasattr(v, "__len__") else int(v)
     seen = {n: count(getattr(report, n)) for n in ("rows", "effective", "leaked") if report is not None and getattr(report, n, None) is not None}
     if eval_rows is not None: seen["eval_rows"] = eval_rows
     told = [dict(text=f"You said {n} is {old}; the data says {v}, which is used.", source="the data") for n, v in seen.items() if (old := getattr(answers, n)) is not None and old != v]
