@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Reply', 'Endpoint']
 
-# %% ../nbs/09d_endpoint.ipynb #c828b1e8
+# %% ../nbs/09d_endpoint.ipynb #7fee694c
 import ipaddress, json, os, random, re, time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from urllib.parse import urlsplit
 
@@ -106,13 +106,13 @@ def _retried(e, body):
         if attempt < e.retries: time.sleep(min(30.0, e.pause * 2**attempt * (1 + random.random() / 2) if wait is None else wait))
     raise UserError(Problem(e.place, f"{what}, in each of {e.retries + 1} attempts", "Check that the server runs, or raise timeout or retries"))
 
-# %% ../nbs/09d_endpoint.ipynb #ed58f4bb
+# %% ../nbs/09d_endpoint.ipynb #9f180735
 @dataclass
 class Endpoint:
     "A model behind an OpenAI-compatible address"
     url: str  # up to and with /v1, such as http://localhost:8000/v1
     model: str  # the model's name on that server
-    key_env: str = ""  # the environment variable that holds the key; "" sends none
+    key_env: str = field(default="", repr=False)  # the environment variable that holds the key; "" sends none
     timeout: float = 60.0  # seconds for one attempt, from start to last byte
     retries: int = 3  # further attempts after a failure that may pass
     pause: float = 0.5  # seconds before the first further attempt; doubles each time

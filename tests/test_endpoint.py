@@ -184,6 +184,7 @@ def test_settings(monkeypatch, settings, says):
     monkeypatch.setenv("BLANK_KEY", "two words")
     e = Endpoint(**dict(url="https://example.org/v1", model="m") | settings)
     problems = e.problems()
+    assert KEY not in repr(e), "not even when it was pasted where its name belongs"
     assert len(problems) == 1 and says in str(problems[0])
     assert not {KEY, "pw", "two words"} & set(str(problems[0]).replace("@", " ").split())
     with pytest.raises(UserError, match=says): e.ask(ASK)
