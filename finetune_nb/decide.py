@@ -208,10 +208,11 @@ class Decision:
 
     def _title(self): return f"Advice: {self.approach}"
 
-# %% ../nbs/07_decide.ipynb #1463dfe1
+# %% ../nbs/07_decide.ipynb #3306be88
 def _parts(decision):
     "Headings with their tables (list of dicts) or sentences"
-    change = [dict(question=c["text"], now="open" if c["now"] is None else c["now"], **{"if it were": c["answer"], "then": c["approach"]}) for c in decision.would_change]
+    word = lambda v: "yes" if v is True else "no" if v is False else "open" if v is None else v
+    change = [dict(question=c["text"], now=word(c["now"]), **{"if it were": word(c["answer"]), "then": c["approach"]}) for c in decision.would_change]
     money = lambda x: "?" if x is None else f"${x:,}"
     yield "Next step", decision.next_step["do"] + (f" `{decision.next_step['command']}`" if decision.next_step["command"] else "")
     if decision.filled: yield "Read from the data", ", ".join(f"{k} = {v}" for k, v in decision.filled.items())

@@ -64,15 +64,15 @@ _table("approaches", "Prompting, retrieval, fine-tuning and both", {"approach": 
     ("finetune", "the weights: how the model behaves", "format, tone, a narrow skill, shorter prompts, a small model in place of a large one", "facts that change or must be cited; few examples", "data, training and hosting of your own", "train again, hours", "seed (its comparison, our wording); Azure OpenAI fine-tuning considerations, 2023 and 2025"),
     ("finetune+rag", "weights and input", "wrong behaviour and missing facts at once; ignoring passages that do not help", "projects that have proven neither alone", "both costs", "documents in minutes, behaviour in hours", "seed (its comparison, our wording); RAFT, arXiv 2403.10131"))
 
-# %% ../nbs/01_facts.ipynb #4dcd442c
+# %% ../nbs/01_facts.ipynb #e2954144
 _RULE = {"rule": "rule", "condition": "if", "effect": "speaks", "approach": "approach", "evidence": "what is known"}
 _rules = [
     ("no-baseline", "nothing has been measured on an evaluation set yet", "against", "finetune", "without a baseline a regression cannot be seen; evaluate first", "OpenAI supervised fine-tuning guide; Azure OpenAI fine-tuning considerations, 2023"),
     ("prompt-passes", "a prompt already meets the bar", "for", "prompt", "fine-tuning is for what is left after prompting", "HF LLM course"),
     ("form-only", "only the form fails (JSON, a schema)", "for", "prompt", "constrained decoding gives the form by construction; it can turn a refusal into a confident wrong value", "second hand: several explainers of 2026"),
     ("examples-500", "500 or more good, distinct examples", "for", "finetune", "comfortable for LoRA; Predibase also names 500 to 1,000", "seed; Predibase fine-tuning docs"),
-    ("examples-100", "about 100 good examples", "for", "finetune", "Google's advice is to start there, quality before quantity", "Google's tuning docs"),
-    ("examples-50", "50 to 100 good examples", "for", "finetune", "first visible gains; if 50 do not help, mend task or data before adding rows", "OpenAI supervised fine-tuning guide"),
+    ("examples-100", "100 or more good examples", "for", "finetune", "Google's advice is to start there, quality before quantity", "Google's tuning docs"),
+    ("examples-50", "50 or more good examples", "for", "finetune", "first visible gains at 50 to 100; if 50 do not help, mend task or data before adding rows", "OpenAI supervised fine-tuning guide"),
     ("examples-under-100", "fewer than 100 examples", "against", "finetune", "the seed says do not; the gains OpenAI reports at 50 contradict it", "seed"),
     ("examples-under-10", "fewer than 10 examples", "against", "finetune", "OpenAI's service refuses such a file", "OpenAI supervised fine-tuning guide"),
     ("knowledge-changes", "the knowledge changes (weekly or faster)", "for", "rag", "a fine-tuned model is a snapshot", "seed; AWS study guides (second hand)"),
