@@ -4,8 +4,8 @@ usage: python bench/verdicts.py [--simulations 2000] [--only null,power,smallest
 
 Arms answer the same rows. A row is hard for every arm (half of what decides is shared), the rest is each arm's own.
 Scores are rights and wrongs, or graded from 0 to 1 with most of them near the ends, or rights and wrongs in groups of
-ten rows from one template, where an arm is good or bad at a whole template. Part null is
-simulated as often as --simulations says, the others half as often. Beside our procedure stands what people
+ten rows from one template, where an arm is good or bad at a whole template. Parts null and
+power are simulated as often as --simulations says, the others half as often. Beside our procedure stands what people
 otherwise do: an unpaired t-test for each pair, uncorrected, as if all rows were independent.
 """
 import argparse
@@ -65,20 +65,64 @@ def share(k, n):
     return {"share": round(k / n, 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
+def wilson(k, n):
+    z = stats.norm.ppf(0.975)
+    centre, reach = (k + z * z / 2) / (n + z * z), z / (n + z * z) * np.sqrt(k * (n - k) / n + z * z / 4)
+    return np.clip(centre - reach, 0, 1), np.clip(centre + reach, 0, 1)
+
+
+def marks(x):
+    "What `differences` says of all simulations of rights and wrongs at once: p, value, low, high of every pair a minus b"
+    n, right = x.shape[2], x.sum(2)
+    both = np.einsum("tan,tbn->tab", x, x, optimize=True)
+    a, b = np.triu_indices(x.shape[1], 1)
+    both, ka, kb = both[:, a, b], right[:, a], right[:, b]
+    won, lost, neither = ka - both, kb - both, n - ka - kb + both
+    p = np.minimum(1, 2 * stats.binom.cdf(np.minimum(won, lost), won + lost, 0.5))
+    (la, ha), (lb, hb), (sa, sb), cross = wilson(ka, n), wilson(kb, n), (ka / n, kb / n), both * neither - won * lost
+    spread = np.sqrt(ka * (n - ka) * kb * (n - kb))
+    phi = np.where(spread > 0, np.where(cross > 0, np.maximum(cross - n / 2, 0), cross) / np.where(spread > 0, spread, 1), 0)
+    reach = lambda u, v: np.sqrt(np.maximum(u * u - 2 * phi * u * v + v * v, 0))
+    return p, sa - sb, sa - sb - reach(sa - la, hb - sb), sa - sb + reach(ha - sa, sb - lb)
+
+
+def tested(x, groups):
+    "(differ, value, low, high) of every pair in every simulation, and (low, high) of every arm; the first simulations are checked against `differences`"
+    times, arms, n = x.shape
+    a, b = np.triu_indices(arms, 1)
+    if groups is None and set(np.unique(x)) <= {0, 1}: p, value, low, high = marks(x)
+    else:
+        d, size = x[:, a] - x[:, b], GROUP if groups else 1
+        sums, p = d.reshape(times, len(a), -1, size).sum(3), np.empty((times, len(a)))
+        for at in range(0, times, 20): p[at:at + 20] = module.sign_flip(sums[at:at + 20].transpose(2, 0, 1).reshape(sums.shape[2], -1)).reshape(-1, len(a))
+        found = [[pair_interval(one[i], one[j], groups) for i, j in zip(a, b)] for one in x]
+        value, low, high = (np.array([[q[k] for q in f] for f in found]) for k in ("value", "low", "high"))
+    order = np.argsort(p, 1)
+    corrected = np.empty_like(p)
+    np.put_along_axis(corrected, order, np.minimum(1, np.maximum.accumulate(np.take_along_axis(p, order, 1) * np.arange(len(a), 0, -1), 1)), 1)
+    differ = (corrected < 0.05) & ~((low <= 0) & (high >= 0))
+    means = [[mean_score(s, groups) for s in one] for one in x]
+    for i in range(10):
+        slow = differences(as_arms(x[i]), groups)[1]
+        assert np.allclose([[q[k] for k in ("p_holm", "value", "low", "high", "differ")] for q in slow], np.stack([v[i] for v in (corrected, value, low, high, differ)], 1), atol=1e-9), (slow, corrected[i])
+    return differ, value, low, high, *(np.array([[m[k] for m in one] for one in means]) for k in ("low", "high"))
+
+
+def said(x, groups, times=200):
+    "{answer: how often} among the first simulations"
+    found = [judge_arms(as_arms(one), groups).answer for one in x[:times]]
+    return {a: found.count(a) for a in sorted(set(found))}
+
+
 def null(times, rng):
     "Five identical arms: how often is any of ten pairs called different?"
-    for kind in KINDS:
-        for n in SIZES:
+    for n in SIZES:
+        for kind in KINDS:
             for base in BASES:
-                x, answers, claimed, held, pair_held = scores(rng, kind, times, n, np.full(5, base)), {}, 0, 0, 0
-                for one in x:
-                    v = judge_arms(as_arms(one), groups_of(kind, n))
-                    answers[v.answer] = answers.get(v.answer, 0) + 1
-                    claimed += any(p["differ"] for p in v.pairs)
-                    held += sum(a["low"] <= base <= a["high"] for a in v.arms.values())
-                    pair_held += sum(p["low"] <= 0 <= p["high"] for p in v.pairs)
-                yield {"scores": kind, "rows": n, "base": base, "no_difference_claimed": share(times - claimed, times), "t_test_claims_none": share((usual(x) >= 0.05).all(1).sum(), times),
-                       "mean_coverage": round(held / times / 5, 4), "pair_coverage": round(pair_held / times / 10, 4), "answers": answers}
+                x, groups = scores(rng, kind, times, n, np.full(5, base)), groups_of(kind, n)
+                differ, value, low, high, m_low, m_high = tested(x, groups)
+                yield {"scores": kind, "rows": n, "base": base, "no_difference_claimed": share((~differ.any(1)).sum(), times), "t_test_claims_none": share((usual(x) >= 0.05).all(1).sum(), times),
+                       "mean_coverage": round(float(((m_low <= base) & (m_high >= base)).mean()), 4), "pair_coverage": round(float(((low <= 1e-12) & (high >= -1e-12)).mean()), 4), "answers_in_200": said(x, groups)}
 
 
 def power(times, rng):
@@ -89,16 +133,12 @@ def power(times, rng):
                 for shared in (0.2, 0.5, 0.8):
                     means = np.full(arms, base)
                     means[-1] += 0.15
-                    x, found, held, answers = scores(rng, kind, times, 200, means, shared), 0, 0, {}
-                    for one in x:
-                        v = judge_arms(as_arms(one), groups_of(kind, 200))
-                        p = next(p for p in v.pairs if p["a"] == "prompt" and p["b"] == list(v.arms)[-1])
-                        found += p["differ"] and p["value"] < 0
-                        held += p["low"] <= -0.15 <= p["high"]
-                        answers[v.answer] = answers.get(v.answer, 0) + 1
-                    naive = usual(x)[:, arms - 2] < 0.05
+                    x, groups = scores(rng, kind, times, 200, means, shared), groups_of(kind, 200)
+                    differ, value, low, high, *_ = tested(x, groups)
+                    at = arms - 2  # the pair of the first and the last arm
                     yield {"scores": kind, "arms": arms, "base": base, "shared": shared, "differ": round(float((x[:, 0] != x[:, -1]).mean()), 3), "sd_of_difference": round(float((x[:, -1] - x[:, 0]).std()), 3),
-                           "found": share(found, times), "t_test_finds": share(naive.sum(), times), "pair_coverage": round(held / times, 4), "answers": answers}
+                           "found": share((differ[:, at] & (value[:, at] < 0)).sum(), times), "t_test_finds": share((usual(x)[:, at] < 0.05).sum(), times),
+                           "pair_coverage": round(float(((low[:, at] <= -0.15) & (high[:, at] >= -0.15)).mean()), 4), "answers_in_200": said(x, groups)}
 
 
 def smallest(times, rng):
@@ -172,13 +212,13 @@ def main():
     start, found = time.perf_counter(), {}
     for part in args.only.split(","):
         found[part] = []
-        for line in {f.__name__: f for f in (null, power, smallest, ruled, curve, intervals)}[part](args.simulations if part == "null" else args.simulations // 2, np.random.default_rng(0)):
+        for line in {f.__name__: f for f in (null, power, smallest, ruled, curve, intervals)}[part](args.simulations if part in ("null", "power") else args.simulations // 2, np.random.default_rng(0)):
             print(part, *(f"{k} {v['share'] if isinstance(v, dict) and 'share' in v else v}" for k, v in line.items()), flush=True)
             found[part].append(line)
-        result = dict(question="how often identical arms are called different, planted differences are found, and intervals hold the truth", simulations=args.simulations, **found, seconds=round(time.perf_counter() - start), load=os.getloadavg(),
-                      python=platform.python_version(), versions=versions() | {"numpy": np.__version__}, date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                      commit=subprocess.run(["git", "describe", "--always", "--dirty=+changes", "--abbrev=12", "--match="], capture_output=True, text=True).stdout.strip())
-        if args.out: write_json(args.out, result)  # after each part, for it takes long
+            result = dict(question="how often identical arms are called different, planted differences are found, and intervals hold the truth", simulations=args.simulations, **found, seconds=round(time.perf_counter() - start), load=os.getloadavg(),
+                          python=platform.python_version(), versions=versions() | {"numpy": np.__version__}, date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                          commit=subprocess.run(["git", "describe", "--always", "--dirty=+changes", "--abbrev=12", "--match="], capture_output=True, text=True).stdout.strip())
+            if args.out: write_json(args.out, result)  # after each line, for it takes long
 
 
 if __name__ == "__main__":
