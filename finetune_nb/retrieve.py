@@ -146,7 +146,7 @@ def fused(
         return sorted(points, key=lambda i: (-points[i], i))[:k]
     return search
 
-# %% ../nbs/10a_retrieve.ipynb #460f5269
+# %% ../nbs/10a_retrieve.ipynb #7918358b
 def _leaves(value):
     if isinstance(value, dict): return [x for v in value.values() for x in _leaves(v)]
     if isinstance(value, list): return [x for v in value for x in _leaves(v)]
@@ -160,14 +160,20 @@ def facts(
     question,  # the row's question
     answer,  # its reference answer
     texts,  # the passages, flattened by `_flat`
+    labels=(),  # parts that are no facts, flattened: they stand in many answers
 ):
     "What the answer says that only the documents can tell"
+    asked, few = _flat(question), max(1, len(texts) // 10)
+    return [p for p in _parts(answer, texts) if p.strip() and p not in labels and p[:-1] not in asked and 0 < sum(p in t for t in texts) <= few]
+
+
+def _parts(answer, texts):
+    "The parts of an answer, flattened, each once"
     try: parts = _leaves(json.loads(answer))
     except ValueError: parts = [answer] if any(_flat(answer) in t for t in texts) else words(answer)
-    asked, few = _flat(question), max(1, len(texts) // 10)
-    return [p for p in dict.fromkeys(map(_flat, parts)) if p.strip() and p[:-1] not in asked and 0 < sum(p in t for t in texts) <= few]
+    return list(dict.fromkeys(map(_flat, parts)))
 
-# %% ../nbs/10a_retrieve.ipynb #e269a06a
+# %% ../nbs/10a_retrieve.ipynb #39d468d1
 @dataclass
 class Recall:
     "How often a search finds all the facts of an answer"
@@ -196,9 +202,11 @@ def recall(
 ):
     "The `Recall` of a search on held-out rows"
     flat, at, needing, missed = [_flat(p.text) for p in passages], dict.fromkeys(ks, 0), 0, []
+    said = Counter(p for r in rows for p in _parts(r["completion"][-1]["content"], flat))
+    labels = {p for p, n in said.items() if n > max(3, len(rows) / 10)}
     for row in rows:
         question = row["prompt"][-1]["content"]
-        wanted = facts(question, row["completion"][-1]["content"], flat)
+        wanted = facts(question, row["completion"][-1]["content"], flat, labels)
         if not wanted: continue
         needing, found = needing + 1, search(question, max(ks))
         for k in ks: at[k] += all(any(f in flat[i] for i in found[:k]) for f in wanted)
