@@ -50,7 +50,7 @@ class _Task:
     retrieval: Annotated[bool, Ask("Is retrieval in use, and will it stay?", "passages are already put into the prompt", "knowledge")] = None
     new_facts: Annotated[bool, Ask("Do training rows state facts that the base model does not know?", "prices, names, rules of your house", "knowledge")] = None
 
-# %% ../nbs/07_answers.ipynb #4bf0c462
+# %% ../nbs/07_answers.ipynb #0d2325b4
 @dataclass(frozen=True)
 class Answers(_Task):
     "What a person knows of the situation; None is not known"
@@ -61,7 +61,7 @@ class Answers(_Task):
     trial: Annotated[Literal["helped", "useless"], Ask("Did a short training on about 50 rows help?", "on the evaluation rows, against the same prompt", "measured")] = None
     rows: Annotated[int, Ask("How many training rows are there?", "as the file has them; rules use the effective number", "rows", unit="rows")] = None
     effective: Annotated[int, Ask("How many of them are distinct?", "without copies and near copies: finetune-nb data FILE tells it", "rows", unit="rows", tries=(0, 30, 75, 200, 1000))] = None
-    leaked: Annotated[int, Ask("How many evaluation rows are also in training?", "exact or near copies: finetune-nb data FILE --eval F tells it", "rows", unit="rows", tries=(0,))] = None
+    leaked: Annotated[int, Ask("How many evaluation rows are also in training?", "exact or near copies, also if they were taken out: finetune-nb data FILE --eval F tells it", "rows", unit="rows", tries=(0,))] = None
     quality: Annotated[Literal["checked", "mixed", "poor"], Ask("How good are the rows?", "checked: somebody read them; poor: known to be wrong or to contradict each other", "rows")] = None
     balanced: Annotated[bool, Ask("Are the kinds of answers as frequent as in use?", "if 60 % of the rows refuse, the model will refuse", "rows")] = None
     prompt_tokens: Annotated[int, Ask("How long is the prompt?", "with instructions and examples, without the user's text", "use", unit="tokens", tries=(300, 3000))] = None
@@ -117,12 +117,11 @@ def _wrong(name, value):
     if kind in ("int", "float") and not ask.low <= value <= min(ask.high, 10**15):
         return Problem(name, "is out of range", f"Give a number from {ask.low:g}" + (f" to {ask.high:g}" if math.isfinite(ask.high) else " on"), value)
 
-# %% ../nbs/07_answers.ipynb #9faebef1
+# %% ../nbs/07_answers.ipynb #c722837d
 def _contradictions(a):
     both = lambda *names: all(getattr(a, n) is not None for n in names)
     rules = [
         (both("rows", "effective") and a.effective > a.rows, "effective", f"is more than the {a.rows} rows there are", "Give both numbers as finetune-nb data FILE tells them"),
-        (both("leaked", "eval_rows") and a.leaked > a.eval_rows, "leaked", f"is more than the {a.eval_rows} evaluation rows", "Count evaluation rows that are also in training"),
         (a.fails == "nothing" and both("baseline", "target") and a.baseline < a.target, "fails", "is nothing, but the baseline is under the target", "Say what fails in the wrong answers, or lower the target"),
         (a.eval_rows == 0 and a.baseline is not None, "baseline", "was measured on no evaluation rows", "Say on how many rows it was measured: eval_rows"),
         (a.rows == 0 and a.trial is not None, "trial", "was trained on no rows", "Say how many rows there are"),

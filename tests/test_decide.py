@@ -200,7 +200,7 @@ BAD = [
     (dict(fails="facts?"), "Did you mean 'facts'?"), (dict(efective=10), "Did you mean 'effective'?"), (dict(rows=-1), "rows: is out of range"), (dict(rows=1.5), "Give a whole number of rows"),
     (dict(rows="many"), "Give a whole number of rows"), (dict(rows=True), "is not an answer"), (dict(citations=1), "Answer yes or no"), (dict(citations="maybe"), "Answer yes or no"),
     (dict(baseline=80), "from 0 to 1"), (dict(baseline=float("nan")), "is out of range"), (dict(gpu_gb=math.inf), "is out of range"), (dict(rows=10**40), "is out of range"), (dict(budget=10**400), "is not an answer"),
-    (dict(fails=["facts"]), "is not an answer"), (dict(task=3), "Write one sentence"), (dict(rows=10, effective=11), "is more than the 10 rows"), (dict(eval_rows=5, leaked=6), "is more than the 5 evaluation rows"),
+    (dict(fails=["facts"]), "is not an answer"), (dict(task=3), "Write one sentence"), (dict(rows=10, effective=11), "is more than the 10 rows"), 
     (dict(fails="nothing", baseline=0.2, target=0.9), "but the baseline is under the target"), (dict(eval_rows=0, baseline=0.5), "was measured on no evaluation rows"), (dict(hosted=True, private=True), "contradict each other"),
     (dict(rows=0, trial="helped"), "was trained on no rows"),
 ]
@@ -276,6 +276,8 @@ def test_data_wins_over_what_was_told():
     assert found.filled == {"rows": 900, "effective": 30, "leaked": 2, "eval_rows": 50} and found.answers["effective"] == 30
     assert any("You said effective is 900; the data says 30" in w["text"] for w in found.warnings) and any("2 evaluation rows are also in training" in w["text"] for w in found.warnings)
     assert decide(make(fails="facts"), report=SimpleNamespace(effective=12)).filled == {"effective": 12}
+    taken_out = decide(report=SimpleNamespace(rows=50, effective=50, leaked=30), eval_rows=20)  # 30 of 50 held-out rows were taken out
+    assert taken_out.answers["leaked"] == 30 and taken_out.would_change
 
 
 # ---- rules
