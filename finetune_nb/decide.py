@@ -15,7 +15,7 @@ from .core import UserError, markdown_table
 from .costs import Assumptions, costs
 from .facts import table
 
-# %% ../nbs/07_decide.ipynb #10372f70
+# %% ../nbs/07_decide.ipynb #69e90835
 @dataclass(frozen=True)
 class Rule:
     "Points for or against one approach, where the answers say so"
@@ -41,7 +41,7 @@ _BEHAVIOUR = (
     Rule("no-baseline", "eval_rows == 0", 1), Rule("trial-helped", "trial == 'helped'", 3), Rule("trial-useless", "trial == 'useless'", 4))
 _ROWS = (
     Rule("examples-under-10", "effective < 10", 4, never=True), Rule("examples-under-100", "effective < 100", 4), Rule("examples-50", "effective >= 50", 2), Rule("examples-100", "effective >= 100", 1),
-    Rule("examples-500", "effective >= 500", 1), Rule("few-shot", "0 < effective < 50 and fails in ('behaviour', 'form', 'nothing')", 2), Rule("many-shot", "effective >= 50 and context >= 100000", 2), Rule("poor-rows", "quality == 'poor'", 4), Rule("mixed-rows", "quality == 'mixed'", 1))
+    Rule("examples-500", "effective >= 500", 1), Rule("few-shot", "effective < 50 and fails in ('behaviour', 'form', 'nothing')", 2), Rule("many-shot", "effective >= 50 and context >= 100000 and fails in ('behaviour', 'form', 'nothing')", 2), Rule("poor-rows", "quality == 'poor'", 4), Rule("mixed-rows", "quality == 'mixed'", 1))
 _USE = (Rule("long-prompt", "pays", 4), Rule("cost-only", "cost_only", 2), Rule("never-pays", "cost_only and not pays", 3), Rule("faster", "faster", 1), Rule("private", "private", 1))
 RULES = _FACTS + _BEHAVIOUR + _ROWS + _USE
 

@@ -20,7 +20,7 @@ from finetune_nb.decide import _CODE, APPROACHES, DETECT, RULES, SYSTEM, TUNED, 
 from finetune_nb.facts import table
 
 CASES = yaml.safe_load((Path(__file__).parent / "cases" / "decide.yaml").read_text())
-quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+quick = settings(max_examples=30, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 
 
 def split(cases):
@@ -94,6 +94,12 @@ def test_more_good_rows_never_speak_against_training(a, n, m):
     few, many = (decide(changed(a, effective=x)) for x in sorted((n, m)))
     assert training(few) <= training(many)
     assert few.scores["finetune"] <= many.scores["finetune"]
+
+
+@pytest.mark.parametrize("known", [dict(fails="behaviour"), dict(context=200000), dict(fails="behaviour", context=200000, prompting="examples"), dict(fails="both", documents=True), dict(retrieval=True, fails="facts"), dict(narrow=True, context=10**6)], ids=str)
+def test_more_good_rows_in_every_band(known):
+    levels = [training(decide(make(**known, effective=n))) for n in (0, 1, 9, 10, 49, 50, 99, 100, 499, 500, 10**6)]
+    assert levels == sorted(levels)
 
 
 @quick
@@ -295,7 +301,7 @@ def test_rules_rest_on_facts_and_questions():
 def test_each_rule_can_fire_and_can_be_silent(rule):
     from finetune_nb.decide import fired
     when = {"never-pays": dict(requests=10, prompt_tokens=10, cost_only=True), "narrow-task": dict(narrow=True, effective=60), "prompt-passes": dict(baseline=0.9, target=0.8),
-            "few-shot": dict(effective=5, fails="behaviour"), "many-shot": dict(effective=60, context=10**6), "prompt-spent": dict(prompting="examples", fails="behaviour"), "long-prompt": dict(requests=10**8, prompt_tokens=5000)}
+            "few-shot": dict(effective=5, fails="behaviour"), "many-shot": dict(effective=60, context=10**6, fails="behaviour"), "prompt-spent": dict(prompting="examples", fails="behaviour"), "long-prompt": dict(requests=10**8, prompt_tokens=5000)}
     asked = {n for c in _CODE[rule.id] for n in c.co_names}
     tries = [when[rule.id]] if rule.id in when else [{n: v} for n in asked for v in (KINDS[n][1] or [0, 5, 75, 150, 600])]
     assert any(rule in fired(make(**values)) for values in tries)
