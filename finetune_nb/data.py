@@ -193,13 +193,14 @@ def told(seen, shape, system):
     if system and shape == "text": notes.append("The system message was not used, since the rows are plain text")
     return notes + ([f"Ignored columns: {', '.join(ignored)}"] if ignored else [])
 
-# %% ../nbs/04_data.ipynb #00e30065
+# %% ../nbs/04_data.ipynb #ebe6d60c
 def read(
     source,  # .jsonl, .ndjson, .json, .csv, .tsv, .parquet, a folder saved with `datasets`, or a hub id "owner/name"
     system="",  # system message for rows that have none
     max_rows=0,  # read at most this many source rows; 0 reads all
     split="train",  # which part of a dataset with parts
     strict=True,  # False leaves bad rows out, with a warning, where True stops
+    tell=None,  # called with the number of source rows read
 ):
     "Training rows from any usual source, in one form; a `UserError` with everything that is wrong"
     name, found = open_source(source, split)
@@ -209,6 +210,7 @@ def read(
     rows, problems, seen, total, bad, everything = [], [], Counter(), 0, 0, chain(head, found)
     for n, row in islice(everything, max_rows or None):
         total += 1
+        if tell: tell(total)
         try: rows += normalise(row, shape, f"{name} row {n}", n, system, seen)
         except UserError as e: problems, bad = problems + e.problems, bad + 1
     if not total: problems = [Problem(name, "holds no rows", "Choose a file with at least one row")]
@@ -228,7 +230,7 @@ def save(
     if Path(path).suffix not in (".jsonl", ".ndjson"): raise UserError(Problem("path", "does not name a JSONL file", "End the name in .jsonl", str(path)))
     return write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
-# %% ../nbs/04_data.ipynb #ef165c47
+# %% ../nbs/04_data.ipynb #1cbe116d
 def messages_text(
     row,  # a normalised row
 ):
@@ -247,8 +249,8 @@ def prompt_key(
 def prompt_words(
     row,  # a normalised row
 ):
-    "The words of a row's prompt without its system message; of plain text all words"
-    return words(row["text"] if "text" in row else "\n".join(m["content"] for m in row["prompt"] if m["role"] != "system"))
+    "The words of a row's prompt without its system message, one space between them; of plain text all words"
+    return " ".join(words(row["text"] if "text" in row else "\n".join(m["content"] for m in row["prompt"] if m["role"] != "system")))
 
 # %% ../nbs/04_data.ipynb #8f620195
 def clusters(

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['VALUE', 'COMMON', 'spoken', 'without_values', 'Sizes', 'whole_key', 'content', 'sizes', 'Leak', 'leaked_rows']
 
-# %% ../nbs/04c_duplicates.ipynb #c1c6415b
+# %% ../nbs/04c_duplicates.ipynb #8145453d
 import re
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
-from .core import Progress
 from .data import messages_text, prompt_key, prompt_words
-from .similar import Known, alike, bags, hashes, nearest_of, own_words, runs, words
+from .similar import Known, alike, bags, hashes, nearest_of, own_words, progress, runs, words
 
 # %% ../nbs/04c_duplicates.ipynb #09d1d502
 def spoken(
@@ -74,17 +73,15 @@ def whole_key(
     "What makes two rows the same: prompt and answer without case and spacing"
     return prompt_key(row) + "\n" + ("" if "text" in row else " ".join(row["completion"][0]["content"].casefold().split()))
 
-# %% ../nbs/04c_duplicates.ipynb #2eeff46f
+# %% ../nbs/04c_duplicates.ipynb #b4534eef
 def content(
     rows,  # normalised rows
 ):
     "The words of each row that are its own: no shared instruction, no numbers, no copied values"
-    pairs = [spoken(r) for r in rows]
-    asked = own_words(a for a, _ in pairs)
-    for i, (_, answer) in enumerate(pairs):
-        mine, said = without_values(asked[i], answer)
-        pairs[i] = mine + said
-    return pairs
+    asked, said = [], []
+    for r in rows:
+        for words_, texts in zip(spoken(r), (asked, said)): texts.append(" ".join(words_))
+    return [" ".join(w for part in without_values(a.split(), s.split()) for w in part) for a, s in zip(own_words(asked), said)]
 
 
 def sizes(
@@ -117,7 +114,7 @@ class Leak:
         told = {"same": "the same prompt as", "near": f"{self.share:.0%} of its words are those of", "13 words": "has 13 words in a row from", "8 words": f"{self.share:.0%} of its words stand in runs of 8 from training rows, first"}
         return f"{told[self.kind]} training row {self.row}"
 
-# %% ../nbs/04c_duplicates.ipynb #4e059304
+# %% ../nbs/04c_duplicates.ipynb #8cd6668b
 def _runs_seen(train, held, n, known, tell):
     "(evaluation row of each run of `n` words, where it begins, first training row with it or -1): only runs that at most `COMMON` training rows have"
     flat, sizes = hashes(held, known)
@@ -142,7 +139,7 @@ def _copied(train, held, tell):
     text, _, first = _runs_seen(train, held, 13, known, tell)
     for i, t in zip(text[first >= 0].tolist(), first[first >= 0].tolist()): out.setdefault(i, ("13 words", t, 1.0))
     text, start, first = _runs_seen(train, held, 8, known, tell)
-    sizes = np.array([len(w) for w in held], np.int64)
+    sizes = np.array([len(t.split()) for t in held], np.int64)
     begins, covered = np.cumsum(sizes) - sizes, np.zeros(int(sizes.sum()) + 1, np.int64)
     np.add.at(covered, start[first >= 0], 1)
     np.add.at(covered, start[first >= 0] + 8, -1)
@@ -151,14 +148,14 @@ def _copied(train, held, tell):
         if share[i] > 0.5 and sizes[i]: out.setdefault(i, ("8 words", t, float(share[i])))
     return out
 
-# %% ../nbs/04c_duplicates.ipynb #a7f08924
+# %% ../nbs/04c_duplicates.ipynb #9dc5d6bb
 def leaked_rows(
     train,  # a Data, or a list of rows
     held,  # a Data, or a list of rows: what the model is evaluated on
 ):
     "{position in `held`: Leak} of the rows whose prompt was trained on, exactly, nearly or in part"
     train, held = getattr(train, "rows", train), getattr(held, "rows", held)
-    tell = Progress("leakage", len(train)) if len(train) >= 50_000 else None
+    tell = progress("leakage", len(train))
     asked = [prompt_words(r) for r in [*train, *held]]
     copied = _copied(asked[:len(train)], asked[len(train):], tell)
     asked = own_words(asked)

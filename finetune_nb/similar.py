@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'BETWEEN', 'WORD', 'OWNERS', 'LEAST', 'BANDS', 'ROWS', 'KEPT', 'NEAR', 'FACTORS', 'words', 'own_words',
-           'Known', 'hashes', 'mixed', 'Bags', 'bags', 'jaccard', 'clusters', 'alike', 'nearest_of', 'runs']
+           'Known', 'hashes', 'mixed', 'Bags', 'bags', 'jaccard', 'clusters', 'progress', 'alike', 'nearest_of', 'runs']
 
-# %% ../nbs/03d_similar.ipynb #a6423f0e
-import re, unicodedata
+# %% ../nbs/03d_similar.ipynb #b89d2cd4
+import re, sys, unicodedata
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import chain, islice
+from itertools import chain
 
 import numpy as np
 
@@ -58,20 +58,19 @@ def _beginnings(texts):
         if text.count(" ", 0, end) >= LEAST - 1: found[text] = end
     return found
 
-# %% ../nbs/03d_similar.ipynb #1e30b6d3
+# %% ../nbs/03d_similar.ipynb #28adf535
 def own_words(
-    lists,  # lists of words
+    texts,  # texts as words with one space between them
 ):
-    "The lists, with a beginning or end that many of them share made one word"
-    lists = list(lists)
-    for back in (1, -1):
-        texts = [" ".join(w[::back]) for w in lists]
+    "The texts, with a beginning or end that many of them share made one word"
+    turned = lambda some: [" ".join(t.split()[::-1]) for t in some]
+    for _ in range(2):
+        texts = turned(texts)
         shared = _beginnings(texts)
-        for i, text in enumerate(texts if shared else ()):
-            if end := shared.get(text): lists[i] = [text[:end].replace(" ", "_"), *text[end:].split()][::back]
-    return lists
+        texts = [t[:end].replace(" ", "_") + t[end:] if (end := shared.get(t)) else t for t in texts]
+    return texts
 
-# %% ../nbs/03d_similar.ipynb #a31dd2a7
+# %% ../nbs/03d_similar.ipynb #223bb08a
 BANDS, ROWS, KEPT, NEAR = 25, 5, 200, 0.8  # keys, MinHashes a key, hashes kept of a text, similarity of near texts
 FACTORS = np.random.default_rng(20261125).integers(0, 2**63, BANDS * ROWS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
@@ -85,10 +84,11 @@ class Known(dict):
 
 
 def hashes(
-    lists,  # lists of words
+    texts,  # texts as words with one space between them
     known,  # a `Known`
 ):
-    "(the hashes of all words in one array, the number of words of each list)"
+    "(the hashes of all words in one array, the number of words of each text)"
+    lists = [t.split() for t in texts]
     sizes = np.fromiter(map(len, lists), np.int64, len(lists))
     return np.fromiter(map(known.__getitem__, chain.from_iterable(lists)), np.uint64, int(sizes.sum())), sizes
 
@@ -123,13 +123,13 @@ def _numbered(flat, sizes):
     before = at - np.maximum.accumulate(np.where(new, at, 0))
     return row, mixed(flat + before.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
-# %% ../nbs/03d_similar.ipynb #de76985d
-def _some(lists, known):
-    "(features, sizes, whole, cut, keys) of some texts, none of them without words"
-    flat, sizes = hashes(lists, known)
+# %% ../nbs/03d_similar.ipynb #fabf4ea4
+def _some(texts, known):
+    "(features, sizes, whole, cut, keys) of some texts"
+    flat, sizes = hashes([t or "(none)" for t in texts], known)
     row, found = _numbered(flat, sizes)
     starts = np.cumsum(sizes) - sizes
-    keys = np.zeros((BANDS, len(lists)), np.uint64)
+    keys = np.zeros((BANDS, len(texts)), np.uint64)
     for i, factor in enumerate(FACTORS):
         keys[i // ROWS] = mixed(keys[i // ROWS] + np.minimum.reduceat((found * factor) >> np.uint64(32), starts))
     whole, cut = np.add.reduceat(mixed(found), starts), sizes > KEPT
@@ -140,15 +140,14 @@ def _some(lists, known):
 
 
 def bags(
-    lists,  # lists of words, also one after the other from a generator
+    texts,  # texts as words with one space between them
     tell=None,  # called with the number of texts done
 ):
     "The `Bags` of texts; one without words is equal to every other without words"
-    known, parts, lists, done = Known(), [], iter(lists), 0
-    while some := list(islice(lists, 20_000)):
-        parts.append(_some([w or [""] for w in some], known))
-        done += len(some)
-        if tell: tell(done)
+    known, parts = Known(), []
+    for s in range(0, len(texts), 20_000):
+        parts.append(_some(texts[s:s + 20_000], known))
+        if tell: tell(min(s + 20_000, len(texts)))
     found, sizes, whole, cut, keys = zip(*(parts or [(np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.uint64), np.zeros(0, bool), np.zeros((BANDS, 0), np.uint64))]))
     return Bags(np.concatenate(found), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]), np.concatenate(whole), np.concatenate(cut), np.concatenate(keys, 1))
 
@@ -214,15 +213,22 @@ def clusters(
     number = {}
     return np.array([number.setdefault(g, len(number)) for g in group[label].tolist()], np.int64)
 
-# %% ../nbs/03d_similar.ipynb #fc935f51
+# %% ../nbs/03d_similar.ipynb #32352189
+def progress(
+    stage,  # the word that lines of progress start with
+    total,  # texts to go through
+):
+    "What tells on the error output how far a long job is; None if the job is short"
+    return Progress(stage, total, out=lambda line: print(line, file=sys.stderr, flush=True)) if total >= 50_000 else None
+
+
 def alike(
-    lists,  # lists of words
+    texts,  # texts as words with one space between them
     stage="comparing",  # the word that lines of progress start with
 ):
     "A number for each text, the same for near ones; what many begin or end with counts as one word"
-    lists = own_words(lists)
-    told = [Progress(stage, len(lists)), Progress(f"{stage}, keys", BANDS)] if len(lists) >= 50_000 else [None, None]
-    return clusters(bags(lists, told[0]), tell=told[1])
+    tell = progress(stage, len(texts))
+    return clusters(bags(own_words(texts), tell), tell=tell and (lambda band: tell(band * len(texts) // BANDS)))
 
 # %% ../nbs/03d_similar.ipynb #dddb0acf
 def nearest_of(

@@ -41,7 +41,7 @@ def padding(
     computed = sum(max(lengths[s:s + batch_size]) * len(lengths[s:s + batch_size]) for s in range(0, len(lengths), batch_size))
     return 1 - sum(lengths) / computed if computed else 0.0
 
-# %% ../nbs/04d_tokens.ipynb #db83a48c
+# %% ../nbs/04d_tokens.ipynb #931a01d7
 @dataclass(frozen=True)
 class Tokens:
     "Lengths of the rows in tokens, and what they mean for a run"
@@ -61,7 +61,7 @@ class Tokens:
         "The numbers, without the single rows"
         at = {f"p{q}": int(np.percentile(self.lengths, q, method="higher")) if self.lengths else 0 for q in (50, 95)}
         kept = [min(n, self.max_length or n) for n in self.lengths]
-        length = self.max_length or max(kept, default=0)
+        length = self.max_length or max([2048, *kept])  # without a limit, as long as the stock recipe's sequences
         mixed = random.Random(0).sample(kept, len(kept))
         sequences = packed(kept, length)
         return dict(**at, max=max(self.lengths, default=0), mean=round(float(np.mean(self.lengths)), 1) if self.lengths else 0, total=self.share(sum(self.lengths)), measured=self.measured, max_length=self.max_length,
