@@ -263,7 +263,7 @@ def _contrast(curve, weights, groups, spread):
     half = _quantile(0.975, units - 1) * math.sqrt(error**2 + spread**2 * sum(w * w for w in weights))
     return {"value": value, "low": value - half, "high": value + half}
 
-# %% ../nbs/10_verdict.ipynb #9c6f78fb
+# %% ../nbs/10_verdict.ipynb #b2487b95
 def more_data(
     curve,  # {training rows: scores on the evaluation rows}, the same rows in the same order; two sizes at least
     groups=None,  # the group of each evaluation row
@@ -283,7 +283,7 @@ def more_data(
     step = [0.0] * (len(logs) - 2) + [-1 / (logs[-1] - logs[-2]), 1 / (logs[-1] - logs[-2])]
     slope, last = (_contrast([used[n] for n in sizes], w, own, spread) for w in (steep, step))
     means, _ = differences({n: used[n] for n in sizes}, own)
-    answer = "no" if min(slope["high"], last["high"]) < matters else "yes" if slope["low"] > 0 and last["value"] >= matters else "cannot tell"
+    answer = "no" if min(slope["high"], last["high"]) < matters else "yes" if min(slope["low"], last["low"]) > 0 and last["value"] >= matters else "cannot tell"
     says = {"yes": "More training rows are likely to help", "no": f"Twice as many training rows would not bring {100 * matters:g} points", "cannot tell": "Whether more training rows would help cannot be told"}[answer]
     text = f"{says}: each doubling brought {_points(slope)}, the last one {_points(last)}." + ("" if spread else " One run of each size: chance between training runs is not counted in.")
     return MoreData(answer, text, slope, last, [{"rows": n, **{k: means[n][k] for k in ("mean", "low", "high")}} for n in sizes])
