@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRICES', 'ADDRESSES', 'OPTIONS', 'summary', 'samples', 'Bakeoff', 'conclude', 'options', 'bakeoff', 'finish']
 
-# %% ../nbs/10f_bakeoff.ipynb #a3326aaf
+# %% ../nbs/10f_bakeoff.ipynb #25b90324
 import statistics
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,13 +13,14 @@ from types import SimpleNamespace
 
 from .arms import ARMS
 from .core import Problem, UserError, cache_dir, human_bytes, human_time, markdown_table, write_json
-from .decide import decide
+from .decide import Decision, decide
 from .endpoint import Endpoint
 from .measured import Budget, Prices, cost
 from .metrics import reference
 from .prepared import Plan, plan_of, prepare
+from .retrieve import Recall
 from .rounds import run_arms
-from .verdict import judge_arms, look, more_data
+from .verdict import MoreData, Verdict, judge_arms, look, more_data
 
 # %% ../nbs/10f_bakeoff.ipynb #887ed459
 def _mean(values):
@@ -56,7 +57,7 @@ def samples(
     return [dict(row=rows[i]["row"], asked=rows[i]["prompt"][-1]["content"], reference=reference(rows[i]), answers={n: found["rows"][i]["answer"] for n, found in results.items()},
                  scores={n: m[i] for n, m in marks.items()}) for i in [*apart, *worst]]
 
-# %% ../nbs/10f_bakeoff.ipynb #7e9d8ed3
+# %% ../nbs/10f_bakeoff.ipynb #2142bbe0
 @dataclass
 class Bakeoff:
     "What a bake-off found"
@@ -73,9 +74,15 @@ class Bakeoff:
     notes: list = field(default_factory=list)  # sentences that limit the verdict
 
     def to_json(self):
-        v = self.verdict.to_json()
-        return dict(verdict={k: v[k] for k in ("answer", "arm", "approach", "certain", "text", "rows", "groups", "matters", "variants")}, metric=self.metric, rows=self.rows, arms=self.arms, pairs=v["pairs"],
-                    more_data=self.more.to_json() if self.more else None, retrieval=self.recall.to_json() if self.recall else None, assumptions=self.assumptions, advice=self.advice.to_json() if self.advice else None, notes=[*v["notes"], *self.notes], samples=self.samples, shown=self.shown)
+        v, of = self.verdict.to_json(), lambda x: x and x.to_json()
+        return dict(verdict={k: x for k, x in v.items() if k != "pairs"}, metric=self.metric, rows=self.rows, arms=self.arms, pairs=v["pairs"], more_data=of(self.more), retrieval=of(self.recall),
+                    assumptions=self.assumptions, advice=of(self.advice), notes=self.notes, samples=self.samples, shown=self.shown)
+
+    @classmethod
+    def from_json(cls, value):
+        recall, more = value["retrieval"], value["more_data"]
+        return cls(value["arms"], Verdict(**value["verdict"], pairs=value["pairs"]), value["metric"], value["rows"], more and MoreData(**more), recall and Recall(**recall | {"at": {int(k): n for k, n in recall["at"].items()}}),
+                   value["shown"], value["samples"], value["assumptions"], value["advice"] and Decision(**value["advice"]), value["notes"])
 
     def table(self):
         "One dict an arm, as text"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASE', 'NOT_TRAINING', 'fingerprint', 'Base', 'budget_used', 'trained', 'run_arm', 'attempt', 'run_arms']
 
-# %% ../nbs/10e_rounds.ipynb #0b2f0322
+# %% ../nbs/10e_rounds.ipynb #cedd9ef3
 import gc, random, time, traceback
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from .arms import Arm, asked_by
 from .core import UserError, human_time, read_json, sha256_file, sha256_json, stop_on_errors, write_json
 from .mask import encode_all
 from .measured import Budget, OutOfTime, answers, endpoint_answers, latency, scored, with_losses
-from .recipe import CHANGES_BASE
 from .trial import Peak, free, is_out_of_memory
 
 # %% ../nbs/10e_rounds.ipynb #3a565a19
@@ -35,24 +34,22 @@ def fingerprint(
     files = {n: sha256_file(f) for n in setup.metrics if Path(f := n.rpartition(":")[0]).is_file()}
     return sha256_json([arm.way, model, rows, list(train_rows), settings, setup.longest, list(setup.metrics), files])
 
-# %% ../nbs/10e_rounds.ipynb #c681ae28
+# %% ../nbs/10e_rounds.ipynb #8cf8d68c
 class Base:
-    "The base model, loaded when it is first needed"
+    "The base model, loaded when it is needed"
     def __init__(self, setup): self.setup, self.model = setup, None
 
     def get(self):
-        "The base model without adapters"
-        if self.model is None: self.model = job.model(self.setup.recipe, self.setup.choices)
+        "The base model as it is on disk"
+        if self.model is None:
+            gc.collect()
+            free()
+            self.model = job.model(self.setup.recipe, self.setup.choices)
         return self.model
 
-    def back(self,
-        trained=None,  # the model with adapters; None if the arm broke off
-    ):
-        "Make the base as it was"
-        r = self.setup.recipe
-        self.model = trained.unload() if trained is not None and r.method != "full" and r.lora_init not in CHANGES_BASE else None
-        gc.collect()
-        free()
+    def drop(self):
+        "Forget the model: it was trained, or an arm broke off"
+        self.model = None
 
 # %% ../nbs/10e_rounds.ipynb #fbf67396
 def _watch(budget, after, waited):
@@ -97,7 +94,7 @@ def trained(
     size = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return trainer.model, dict(seconds=budget_used(budget) - start, steps=trainer.state.global_step, rows=len(rows), loss=metrics["train_loss"], parameters=size)
 
-# %% ../nbs/10e_rounds.ipynb #0b045ad8
+# %% ../nbs/10e_rounds.ipynb #acca3c11
 def _shown(setup, row):
     "The exact text a model gets for a row"
     t = setup.tokenizer
@@ -141,9 +138,9 @@ def run_arm(
         return dict(endpoint=False, **found, **facts, peak=peak.read(), shown=_shown(setup, rows[0]))
     finally:
         peak.done.set()
-        if arm.trained: base.back(model)
+        if arm.trained: base.drop()
 
-# %% ../nbs/10e_rounds.ipynb #d134489e
+# %% ../nbs/10e_rounds.ipynb #c33820fa
 def _why(error):
     "A failure in one or two lines for the report"
     if is_out_of_memory(error): return "ran out of memory; lower batch_size, room, shots or passages"
@@ -186,7 +183,7 @@ def attempt(
     except OutOfTime as e: result |= dict(status="skipped", why=str(e))
     except Exception as e:
         result |= dict(status="failed", why=_why(e), traceback=traceback.format_exc()[-4000:])
-        base.back()
+        base.drop()
     write_json(path, result)
     say(f"{name}: {_told(setup, result)}")
     return result | dict(new=True)

@@ -31,9 +31,11 @@ def injected(
 
 def from_notebook(
     names,  # the notebook's globals()
+    more=(),  # parameters that this notebook has beside the recipe's
 ):
     "The checked `Recipe` that a pipeline notebook's parameters ask for"
-    unknown = [Problem(n, "is not a parameter of this notebook", nearest(n, [*OWN, *FIELDS])) for n in injected(names.get("In", [])) if n not in OWN and n not in FIELDS]
+    known = [*OWN, *more, *FIELDS]
+    unknown = [Problem(n, "is not a parameter of this notebook", nearest(n, known)) for n in injected(names.get("In", [])) if n not in known]
     given = {n: names[n] for n in FIELDS if names.get(n) is not None}
     try: found = load(names["recipe"], **given) if names.get("recipe") else make(names.get("preset") or "laptop", **given)
     except UserError as e: raise UserError(unknown + e.problems) from None
@@ -146,6 +148,7 @@ def execute(
     folder,  # a run folder with recipe.yaml
     say=print,  # takes each line the notebook prints
     name="finetune",  # the pipeline
+    **parameters,  # what the pipeline takes beside recipe and run
 ):
     "Execute the pipeline in its folder with papermill; the executed notebook is kept whatever happens"
     import papermill, warnings
@@ -156,7 +159,7 @@ def execute(
         warnings.simplefilter("ignore")
         out = _Passing(say, log)
         try:
-            papermill.execute_notebook(str(pipeline(name)), str(folder / "notebook.ipynb"), dict(recipe=str(folder / "recipe.yaml"), run=str(folder)), kernel_name="python3",
+            papermill.execute_notebook(str(pipeline(name)), str(folder / "notebook.ipynb"), dict(recipe=str(folder / "recipe.yaml"), run=str(folder), **parameters), kernel_name="python3",
                 progress_bar=False, cwd=str(Path.cwd()), config=Config({"KernelManager": dict(transport="ipc", ip=f"{sockets}/k")} if os.name == "posix" and len(sockets) < 90 else {}), extra_arguments=["--log-level=CRITICAL"], stdout_file=out, stderr_file=log, autosave_cell_every=30, coalesce_streams=True)
         except KeyboardInterrupt:
             note(folder, status="stopped", ended=now(), error="interrupted by the person")
@@ -195,14 +198,18 @@ def run(
     out="runs",  # folder that holds runs
     say=print,  # takes each line of progress
     needed=3 << 30,  # bytes of free disk to insist on
+    name="finetune",  # the pipeline
+    folder="",  # the run's own folder, new or to go on in; empty makes a new one
+    **parameters,  # what the pipeline takes beside the recipe
 ):
-    "Do a run in a new folder and return the folder; the report is made by the caller"
+    "Do a run and return its folder; the report is made by the caller"
     stop_on_errors(early_problems(recipe) + disk_problems(out, needed), warn=lambda text: None)
-    folder = new_folder(out, recipe.name)
+    folder = Path(folder) if folder else new_folder(out, recipe.name)
+    if (folder / "run.json").exists() and status(folder) in ("running", "starting"): raise UserError(Problem(str(folder), "is in use by a run that has not ended", "Wait for it, or choose another folder"))
     write_atomic(folder / "recipe.yaml", to_yaml(recipe))
-    note(folder, status="starting", started=now(), pid=os.getpid(), host=socket.gethostname())
+    note(folder, status="starting", started=now(), pid=os.getpid(), host=socket.gethostname(), pipeline=name, parameters=parameters)
     say(f"run folder: {folder}")
-    execute(folder, say)
+    execute(folder, say, name, **parameters)
     return folder
 
 # %% ../nbs/14_runs.ipynb #4f0b0401
@@ -259,5 +266,6 @@ def rerun(
     folder = Path(folder)
     if not (folder / "recipe.yaml").is_file(): raise UserError(Problem(str(folder), "holds no recipe.yaml", "Give a run folder; list them with: finetune-nb runs"))
     if not (folder / "metrics.json").is_file(): raise UserError(Problem(str(folder), f"is {status(folder)} and has no metrics to compare with", "Run its recipe.yaml as a new run"))
-    again = run(load(folder / "recipe.yaml"), out or folder.parent, say)
+    facts = read_json(folder / "run.json")
+    again = run(load(folder / "recipe.yaml"), out or folder.parent, say, name=facts.get("pipeline", "finetune"), **facts.get("parameters", {}))
     return again, compare(folder, again)
