@@ -6,7 +6,7 @@
 __all__ = ['SAYS', 'watch', 'Trained', 'prepare', 'train', 'settle', 'result', 'work', 'save']
 
 # %% ../nbs/13a_launch.ipynb #c4d8c595
-import json, os, signal, subprocess, sys
+import json, os, signal, subprocess, sys, threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +23,13 @@ SAYS = "finetune_nb says: "
 
 def watch(
     start,  # the command, as a list
-    place,  # folder for log.txt and the note to stop
+    place,  # folder for log.txt, in the run folder, which takes the note to stop
     say=print,  # takes a line that is for the person
 ):
     "Run a command, pass on what it says, and return its exit code"
     process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
+    note, mine = place.parent / "stop", threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if mine else None  # ends as Ctrl-C does
     with process, open(place / "log.txt", "a") as log:
         try:
             while True:
@@ -37,11 +39,12 @@ def watch(
                         if line.startswith(SAYS): say(line[len(SAYS):].rstrip("\n"))
                     return process.wait()
                 except KeyboardInterrupt:
-                    if (place / "stop").exists(): raise
-                    (place / "stop").touch()
+                    if note.exists(): raise
+                    note.touch()
                     say("stopping after this step; interrupt again to stop at once")
         finally:
             if process.poll() is None: _end(process)
+            if mine: signal.signal(signal.SIGTERM, before)
 
 
 def _end(process):
@@ -71,7 +74,8 @@ def prepare(
     choices,  # hardware.Choices of the machines, from `job.check`
     nodes=1,  # machines
     address="",  # of the first machine, as the others reach it
-    resume=False,  # go on from the last checkpoint
+    resume=False,  # go on from the newest checkpoint that verifies
+    override=(),  # names of differences from that checkpoint to allow
 ):
     "Write what the processes need into folder/parallel, and return the command of each machine"
     folder = Path(folder).resolve()
@@ -80,10 +84,10 @@ def prepare(
     if not (folder / "data" / "train.jsonl").exists():
         from finetune_nb import data, job
         for side, found in zip(("train", "eval"), job.rows(recipe)): data.save(found.rows, folder / "data" / f"{side}.jsonl")
-    for old in [place / "done.json", place / "stop", *place.glob("error-*.json")]: old.unlink(missing_ok=True)
+    for old in [place / "done.json", folder / "stop", *place.glob("error-*.json")]: old.unlink(missing_ok=True)
     numbers = sum(trained(shapes, setup(recipe, shapes=shapes)))
     write(files(way, choices["dtype"], shapes.hidden, numbers, processes, nodes, choices["device"], place, address), place)
-    write_json(place / "job.json", dict(way=way, processes=processes, resume=resume))
+    write_json(place / "job.json", dict(way=way, processes=processes, resume=resume, override=list(override)))
     return commands(str(folder), nodes, place)
 
 # %% ../nbs/13a_launch.ipynb #2be37115
@@ -94,13 +98,14 @@ def train(
     processes,  # on this machine
     choices,  # hardware.Choices, from `job.check`
     say=print,  # takes a line of text
-    resume=False,  # go on from the last checkpoint
+    resume=False,  # go on from the newest checkpoint that verifies
+    override=(),  # names of differences from that checkpoint to allow
 ):
     "Train in several processes on this machine; the adapter, or the model, is in folder/adapter afterwards"
     folder = Path(folder).resolve()
     place, recipe = folder / "parallel", load(folder / "recipe.yaml")
     if known_way(way) in STAGE: require("deepspeed", "--no-build-isolation deepspeed", f"parallel: {way}")
-    prepare(folder, shapes, way, processes, choices, resume=resume)
+    prepare(folder, shapes, way, processes, choices, resume=resume, override=override)
     for line in [share(recipe, processes)[1], *(f"note: {p}" for p in clashes(recipe, way, processes) if p.level == "warning")]: say(line)
     code = watch([sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(place / "accelerate.yaml"), "-m", "finetune_nb.launch", str(folder)], place, say)
     if not (place / "done.json").exists(): raise _failure(place, code)
@@ -154,11 +159,10 @@ def work(
     with _told(folder / "parallel"): _work(folder, folder / "parallel", **read_json(folder / "parallel" / "job.json"))
 
 
-def _work(folder, place, way, processes, resume):
+def _work(folder, place, way, processes, resume, override=()):
     from finetune_nb import hardware, train as one
     from finetune_nb.models import load_tokenizer
     from finetune_nb.translate import construct, training_kwargs
-    from transformers import set_seed
     from trl import SFTConfig
     first, world = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", processes))
     say = (lambda line: print(SAYS + line, flush=True)) if first else (lambda line: None)
@@ -168,14 +172,13 @@ def _work(folder, place, way, processes, resume):
     rows = {side: [json.loads(l) for l in p.read_text(encoding="utf-8").splitlines()] if (p := folder / "data" / f"{side}.jsonl").exists() else [] for side in ("train", "eval")}
     joined = construct(SFTConfig, training_kwargs(recipe, choices, folder / "checkpoints", bool(rows["eval"])))
     trainer = one.build(recipe, choices, _base(recipe, choices, way), load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code), rows["train"], rows["eval"], folder, say)
-    _prepare(trainer, place, first)
-    set_seed(recipe.seed)
-    metrics = trainer.train(resume_from_checkpoint=bool(resume and list((folder / "checkpoints").glob("checkpoint-*")))).metrics
-    stopped = _anybody(trainer, (place / "stop").exists())
-    goal = save(trainer, recipe, folder / ("interrupted" if stopped else "adapter"), way)
+    _prepare(trainer, first)
+    try: metrics, stopped = one.learn(trainer, recipe, folder, say, resume, override), False
+    except KeyboardInterrupt: metrics, stopped = {}, True
+    if not stopped: save(trainer, recipe, folder / "adapter", way)
     size = lambda every: sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad or every)
     if first: write_json(place / "done.json", asdict(Trained(metrics, trainer.state.global_step, trainer.state.log_history, size(False), size(True), stopped)))
-    say(f"trained {trainer.state.global_step} steps in {human_time(metrics['train_runtime'])} with {world} processes; saved {folder.name}/{goal.name}")
+    if not stopped: say(f"trained {trainer.state.global_step} steps in {human_time(metrics['train_runtime'])} with {world} processes; saved {folder.name}/adapter")
     return joined
 
 # %% ../nbs/13a_launch.ipynb #0982003a
@@ -206,15 +209,7 @@ def _rehearse(way):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # %% ../nbs/13a_launch.ipynb #7b686777
-def _anybody(trainer, yes):
-    import torch
-    heard = torch.tensor(float(yes), device=trainer.args.device)
-    if torch.distributed.is_initialized(): torch.distributed.all_reduce(heard)
-    return bool(heard)
-
-
-def _prepare(trainer, place, first):
-    from transformers import TrainerCallback
+def _prepare(trainer, first):
     from finetune_nb.train import Log
     if not first:
         for c in [c for c in trainer.callback_handler.callbacks if isinstance(c, Log)]: trainer.remove_callback(c)
@@ -223,12 +218,6 @@ def _prepare(trainer, place, first):
         Path(output_dir or trainer.args.output_dir).mkdir(parents=True, exist_ok=True)
         return inner(output_dir, **kwargs)
     trainer.save_model = save_model
-    class Ear(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if _anybody(trainer, (place / "stop").exists()):
-                control.should_training_stop = control.should_save = True
-                args.load_best_model_at_end = False
-    trainer.add_callback(Ear())
 
 # %% ../nbs/13a_launch.ipynb #a3e56435
 def save(

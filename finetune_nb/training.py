@@ -56,21 +56,25 @@ def train(
     folder,  # the run folder
     clock,  # a job.Clock
     say=print,  # told what is done
+    resume=False,  # go on from the newest checkpoint that verifies
+    override=(),  # names of differences from that checkpoint to allow
 ):
     "(what training left, the trained model, the Rehearsal or None)"
     way, n = how(recipe, shapes, machine)
     if n > 1 or way != "none":
-        with clock("train"): done = launch.train(folder, shapes, way, n, choices, say)
+        with clock("train"): done = launch.train(folder, shapes, way, n, choices, say, resume, override)
         return done, launch.result(folder, recipe, choices), None
-    return _alone(recipe, choices, machine, model, tokenizer, train_rows, held_rows, shapes, folder, clock, say)
+    return _alone(recipe, choices, machine, model, tokenizer, train_rows, held_rows, shapes, folder, clock, say, resume, override)
 
 
-def _alone(recipe, choices, machine, model, tokenizer, train_rows, held_rows, shapes, folder, clock, say):
+def _alone(recipe, choices, machine, model, tokenizer, train_rows, held_rows, shapes, folder, clock, say, resume, override):
+    from finetune_nb.checkpoint import found
     from finetune_nb.rehearse import rehearse
     from finetune_nb.train import build, fit
     with clock("prepare"): trainer = build(recipe, choices, model, tokenizer, train_rows, held_rows, folder, say)
     trained, total = (sum(p.numel() for p in trainer.model.parameters() if p.requires_grad or every) for every in (False, True))
     say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
-    with clock("rehearse"): rehearsal = rehearse(trainer, recipe, None if recipe.trust_remote_code else shapes, machine, say=say) if recipe.rehearse else None
-    with clock("train"): metrics = fit(trainer, recipe, folder, say)
+    going_on = resume and found(folder / "checkpoints")  # its rows at once are known to fit
+    with clock("rehearse"): rehearsal = rehearse(trainer, recipe, None if recipe.trust_remote_code else shapes, machine, say=say) if recipe.rehearse and not going_on else None
+    with clock("train"): metrics = fit(trainer, recipe, folder, say, resume, override)
     return Trained(metrics, trainer.state.global_step, trainer.state.log_history, trained, total), trainer.model, rehearsal

@@ -1,0 +1,179 @@
+"""Stop, kill, harm and starve trainings, and compare each, gone on with, bit for bit with one that was left alone.
+
+usage: python bench/torture.py [--matrix N] [--kills N] [--harm] [--disk] [--seconds S] --out bench/results/DATE-torture.json
+
+--matrix N   the first N (0: all 432) of method × dropout × accumulation × packing or grouping × workers × shortcuts × place of the stop,
+             those that cover every pair of values first
+--kills N    SIGKILL at a random moment, every second one while a checkpoint is being saved; then gone on with to the end
+--harm       each file of the newest checkpoint missing, half, zeroed and with one bit flipped; then gone on with
+--disk       a tmpfs with room for two checkpoints and a half (needs the right to mount)
+--seconds S  begin no further trial after this time; what was done is recorded
+
+Everything runs on a random Llama of four layers on the CPU, one thread. Results say how many were asked for and how many were done.
+"""
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import conftest  # noqa: E402
+import exact  # noqa: E402
+import torch  # noqa: E402
+
+from finetune_nb.checkpoint import MARK, damage, found, newest  # noqa: E402
+from finetune_nb.core import UserError, write_json  # noqa: E402
+from finetune_nb.hardware import cores, versions  # noqa: E402
+
+VALUES = exact.BASE | exact.METHODS["lora"] | exact.PASSES[1] | dict(lora_dropout=0.1, save_steps=1, eval_steps=1, log_steps=2, best_at_end=True, keep_checkpoints=2)
+FILES = ("adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "progress_0.json", "manifest.json", MARK)
+HARM = {"missing": None, "half": lambda b: b[:len(b) // 2], "zeroed": lambda b: bytes(len(b)), "flipped": lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1:]}
+
+
+def apart(do):
+    "Run a function in a process of its own, forked from this one, which has loaded everything; its pid"
+    pid = os.fork()
+    if pid: return pid
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1), os.dup2(quiet, 2)
+    try: do()
+    except BaseException: os._exit(1)
+    os._exit(0)
+
+
+def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kills(n, place, model, rows, until, seed=0):
+    "n runs killed at random moments, each gone on with"
+    train = lambda out, resume=False: lambda: exact.run(VALUES, model, rows, out, resume)
+    start = time.monotonic()
+    assert ended(apart(train(place / "straight"))) == 0
+    length, rng, result = time.monotonic() - start, random.Random(seed), dict(asked=n, done=0, same=0, failed=[], before_the_first_checkpoint=0, in_the_middle_of_saving=0, unmarked=0, after_the_end=0)
+    for i in range(n):
+        if time.monotonic() > until: break
+        out = place / f"kill-{i}"
+        pid, partial, wait = apart(train(out)), out / "checkpoints" / "partial", rng.uniform(0, 1.05 * length)
+        if i % 2:  # wait for a save near that time, then for a moment within it
+            end = time.monotonic() + wait
+            while time.monotonic() < end: time.sleep(0.001)
+            while not partial.exists() and time.monotonic() < end + length: time.sleep(0.0002)
+            time.sleep(rng.uniform(0, 0.02))
+        else: time.sleep(wait)
+        os.kill(pid, signal.SIGKILL)
+        result["after_the_end"] += ended(pid) == 0
+        there = found(out / "checkpoints")
+        result["before_the_first_checkpoint"] += not there
+        result["in_the_middle_of_saving"] += partial.exists()
+        result["unmarked"] += any(not (p / MARK).exists() for _, p in there)
+        code = ended(apart(train(out, True)))
+        wrong = exact.same(place / "straight", out) if code == 0 else [f"going on ended with {code}"]
+        result["done"] += 1
+        result["same"] += not wrong
+        if wrong: result["failed"].append([i, wrong])
+        else: shutil.rmtree(out)
+    return result
+
+
+def harm(place, model, rows, until):
+    "Every file of the newest checkpoint, harmed in every way: the older one is taken and the end is the same"
+    assert ended(apart(lambda: exact.run(VALUES, model, rows, place / "straight"))) == 0
+    assert ended(apart(lambda: exact.run(VALUES, model, rows, place / "stopped", stop=5))) == 0
+    result = dict(asked=len(FILES) * len(HARM), done=0, older_taken=0, same=0, failed=[])
+    for name in FILES:
+        for how, do in HARM.items():
+            if time.monotonic() > until: return result
+            out = place / f"{name}-{how}"
+            shutil.copytree(place / "stopped", out)
+            file = out / "checkpoints" / "checkpoint-5" / name
+            file.write_bytes(do(file.read_bytes())) if do else file.unlink()
+            result["older_taken"] += newest(out / "checkpoints")[0].name == "checkpoint-4"
+            code = ended(apart(lambda: exact.run(VALUES, model, rows, out, True)))
+            wrong = exact.same(place / "straight", out) if code == 0 else [f"going on ended with {code}"]
+            result["done"] += 1
+            result["same"] += not wrong
+            if wrong: result["failed"].append([name, how, wrong])
+            else: shutil.rmtree(out)
+    return result
+
+
+def disk(place, model, rows):
+    "A run folder on a disk that is too small; after it grew, the run is gone on with"
+    values = VALUES | dict(best_at_end=False)
+    exact.run(values, model, rows, place / "straight")
+    one = sum(p.stat().st_size for p in (place / "straight" / "checkpoints" / "checkpoint-8").rglob("*"))
+    small = place / "small"
+    small.mkdir()
+    size = lambda n: f"size={int(n)}"
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", size(2.5 * one), "tmpfs", str(small)], capture_output=True, text=True)
+    if done.returncode: return dict(done=False, why=done.stderr.strip())
+    try:
+        said, told = [], ""
+        # the room that is asked for is taken away, so that the disk fills while it is written to
+        import finetune_nb.resume as resume
+        room, resume.room = resume.room, lambda folder, needed: ""
+        try: exact.run(values, model, rows, small / "run", say=said.append)
+        except UserError as e: told = str(e)
+        resume.room = room
+        kept = [s for s, p in found(small / "run" / "checkpoints") if not damage(p)]
+        first = dict(stopped=told[:300], warnings=sum("was not saved" in s for s in said), whole_checkpoints=kept, partial_left=(small / "run" / "checkpoints" / "partial").exists())
+        subprocess.run(["mount", "-o", f"remount,{size(20 * one)}", str(small)], check=True)
+        exact.run(values, model, rows, small / "run", resume=True)
+        return dict(done=True, bytes_of_a_checkpoint=one, disk=int(2.5 * one), **first, same_after_it_grew=exact.same(place / "straight", small / "run") == [])
+    finally: subprocess.run(["umount", str(small)])
+
+
+def matrix(n, place, model, rows, until):
+    "Stopped and gone on with, over the settings"
+    first, result = exact.pairs(), dict(asked=0, done=0, same=0, failed=[])
+    rest = [c for c in exact.every() if c not in first]
+    random.Random(0).shuffle(rest)
+    cases = (first + rest)[:n or None]
+    result["asked"] = len(cases)
+    for i, c in enumerate(cases):
+        if time.monotonic() > until: break
+        out, answer = place / f"case-{i}", place / f"answer-{i}"
+        def go():
+            answer.write_text("\n".join(exact.interrupted_equals_straight(c, model, rows, out)))
+        code = ended(apart(go))
+        wrong = answer.read_text() if code == 0 else f"ended with {code}"
+        result["done"] += 1
+        result["same"] += not wrong
+        if wrong: result["failed"].append([c, wrong])
+        shutil.rmtree(out, ignore_errors=True)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--matrix", type=int, default=-1)
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--harm", action="store_true")
+    parser.add_argument("--disk", action="store_true")
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    until, start, result = time.monotonic() + args.seconds, time.monotonic(), {}
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        model, rows = conftest.save_model(place / "model"), str(conftest.write_rows(place / "rows.jsonl", conftest.chat_rows()))
+        for name, asked, do in (("disk", args.disk, lambda p: disk(p, model, rows)), ("harm", args.harm, lambda p: harm(p, model, rows, until)),
+                                ("kills", args.kills, lambda p: kills(args.kills, p, model, rows, until)), ("matrix", args.matrix >= 0, lambda p: matrix(args.matrix, p, model, rows, until))):
+            if not asked: continue
+            (place / name).mkdir()
+            began = time.monotonic()
+            result[name] = do(place / name) | dict(seconds=round(time.monotonic() - began))
+            write_json(args.out, dict(question="is a training that was stopped, killed, harmed or starved, and gone on with, bit for bit the one that was left alone", **result, model="Llama, 4 layers of 64, random", cores=cores(), versions=versions(), seconds=round(time.monotonic() - start)))
+            print(name, result[name], flush=True)
+
+
+if __name__ == "__main__":
+    main()
