@@ -58,7 +58,7 @@ def text(
         if found: lines += ["", f"{'would stop a run' if level == 'error' else 'worth a look'}:", *(f"- {p['row']}: {p['problem']}. {p['fix']}" for p in found)]
     return "\n".join(lines)
 
-# %% ../nbs/04g_data_report.ipynb #ffba86ba
+# %% ../nbs/04g_data_report.ipynb #9e304640
 INK, BLUE, GREEN, RED = "#7f7f7f", "#3b8fd1", "#3caa5a", "#d05050"
 
 
@@ -84,7 +84,7 @@ def figure(
     if bins.get("rows"):
         ax, t = next(axes), report.tokens
         ax.bar(bins["edges"][:-1], bins["rows"], width=bins["edges"][1] - bins["edges"][0], align="edge", color=BLUE)
-        for at, name in ((t["p50"], "half"), (t["p95"], "95 %")): ax.axvline(at, color=INK, lw=1, ls=":"); ax.text(at, max(bins["rows"]) * 1.02, name, color=INK, fontsize=8, ha="center")
+        for at, name in ((t["p50"], "half"), (t["p95"], "95 %")): ax.axvline(at, ymax=0.9, color=INK, lw=1, ls=":"); ax.text(at, max(bins["rows"]) * 1.02, name, color=INK, fontsize=8, ha="center")
         if t["max_length"]: ax.axvspan(t["max_length"], max(bins["edges"][-1], t["max_length"] + 1), color=RED, alpha=0.2, lw=0)
         ax.set(title="tokens a row" + (f", red is beyond {t['max_length']}" if t["max_length"] else ""), ylabel="rows", ylim=(0, max(bins["rows"]) * 1.12))
     if counts: _bars(next(axes), [str(k) for k, _ in counts], [n for _, n in counts], f"labels ({report.labels['field']})")
@@ -106,9 +106,9 @@ def png(
     figure(report).savefig(data, format="png", dpi=110, transparent=True)
     return data.getvalue()
 
-# %% ../nbs/04g_data_report.ipynb #1942e6d5
+# %% ../nbs/04g_data_report.ipynb #d693fc07
 STYLE = """:root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;margin:1rem 0}td,th{border-bottom:1px solid rgba(127,127,127,.35);padding:.3rem .8rem .3rem 0;text-align:left;vertical-align:top}img{max-width:100%}h2{margin-top:2rem}"""
+table{border-collapse:collapse;margin:1rem 0}td,th{border-bottom:1px solid rgba(127,127,127,.35);padding:.3rem .8rem .3rem 0;text-align:left;vertical-align:top}td:first-child{white-space:nowrap}img{max-width:100%}h2{margin-top:2rem}"""
 BADGES = {"error": '<b style="color:#d05050">stops a run</b>', "warning": '<span style="color:#b07a10">look</span>'}
 
 
