@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from .core import markdown_table
 from .mask import Mask
 
-# %% ../nbs/04g_data_report.ipynb #680c1236
+# %% ../nbs/04g_data_report.ipynb #0faded18
 COLUMNS = {"what": "Data", "value": ""}
 PROBLEMS = {"level": "", "row": "Where", "problem": "What", "fix": "What to do"}
 
@@ -27,7 +27,7 @@ def sentence(
     stops = len(report.stops)
     return told + (f"; {report.leaked:,} of {report.eval_rows:,} evaluation rows were trained on" if report.leaked else "") + (f"; {stops} problem{'s' if stops > 1 else ''} would stop a run" if stops else "; nothing would stop a run") + "."
 
-
+# %% ../nbs/04g_data_report.ipynb #b154a67e
 def facts(
     report,  # a DataReport
 ):
@@ -46,7 +46,7 @@ def facts(
     rows |= {"languages": ", ".join(f"{k} {share(n)}" for k, n in list(report.languages.items())[:4]), "personal data": ", ".join(f"{k} in {n:,} rows" for k, n in report.personal.items()), "notes": "\n".join(report.notes)}
     return [{"what": k, "value": v} for k, v in rows.items() if v]
 
-
+# %% ../nbs/04g_data_report.ipynb #80e08abf
 def text(
     report,  # a DataReport
 ):
@@ -58,7 +58,7 @@ def text(
         if found: lines += ["", f"{'would stop a run' if level == 'error' else 'worth a look'}:", *(f"- {p['row']}: {p['problem']}. {p['fix']}" for p in found)]
     return "\n".join(lines)
 
-# %% ../nbs/04g_data_report.ipynb #9e304640
+# %% ../nbs/04g_data_report.ipynb #2d71ad66
 INK, BLUE, GREEN, RED = "#7f7f7f", "#3b8fd1", "#3caa5a", "#d05050"
 
 
@@ -70,7 +70,7 @@ def _bars(axes, names, values, title, colours=BLUE):
     for i, v in enumerate(values): axes.text(v, i, f" {v:,}", va="center", color=INK, fontsize=9)
     axes.set(title=title, xlim=(0, max(values) * 1.25 or 1), xticks=[])
 
-
+# %% ../nbs/04g_data_report.ipynb #43d244f3
 def figure(
     report,  # a DataReport
 ):
@@ -97,7 +97,7 @@ def figure(
         for side, spine in ax.spines.items(): spine.set(visible=side in ("left", "bottom"), color=INK)
     return drawn
 
-
+# %% ../nbs/04g_data_report.ipynb #3697baee
 def png(
     report,  # a DataReport
 ):
@@ -106,7 +106,7 @@ def png(
     figure(report).savefig(data, format="png", dpi=110, transparent=True)
     return data.getvalue()
 
-# %% ../nbs/04g_data_report.ipynb #d693fc07
+# %% ../nbs/04g_data_report.ipynb #e1ebf952
 STYLE = """:root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;margin:1rem 0}td,th{border-bottom:1px solid rgba(127,127,127,.35);padding:.3rem .8rem .3rem 0;text-align:left;vertical-align:top}td:first-child{white-space:nowrap}img{max-width:100%}h2{margin-top:2rem}"""
 BADGES = {"error": '<b style="color:#d05050">stops a run</b>', "warning": '<span style="color:#b07a10">look</span>'}
@@ -131,7 +131,7 @@ def body(
     for s in report.shown: parts.append(f"<p>row {html.escape(str(s['row']))}</p>" + Mask([tuple(r) for r in s["runs"]], s["cut"])._repr_html_())
     return "".join(parts)
 
-
+# %% ../nbs/04g_data_report.ipynb #22826318
 def page(
     report,  # a DataReport
 ):
@@ -139,7 +139,7 @@ def page(
     title = html.escape(f"Data: {report.name}")
     return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>{body(report)}</body></html>\n'
 
-# %% ../nbs/04g_data_report.ipynb #c956d414
+# %% ../nbs/04g_data_report.ipynb #32552340
 @dataclass
 class DataReport:
     "What is in a data set, and what is wrong with it"
@@ -161,42 +161,19 @@ class DataReport:
     notes: list = field(default_factory=list)  # what was decided on the way
     shown: list = field(default_factory=list)  # some rows: {row, runs, cut}, see `Mask`
 
-    @property
-    def near_duplicates(self):
-        "Unique rows that nearly repeat another one"
-        return self.unique - self.effective
+    near_duplicates = property(lambda r: r.unique - r.effective)  # unique rows that nearly repeat another one
+    leaked = property(lambda r: len(r.leaks))  # evaluation rows that were trained on
+    consistency = property(lambda r: r.labels.get("consistency"))  # share of the repeated questions whose answers agree; None if none repeats
+    stops = property(lambda r: [p for p in r.problems if p["level"] == "error"])  # the problems that would stop a run
 
-    @property
-    def leaked(self):
-        "Evaluation rows that were trained on"
-        return len(self.leaks)
-
-    @property
-    def consistency(self):
-        "Share of the repeated questions whose answers agree; None if no question repeats"
-        return self.labels.get("consistency")
-
-    @property
-    def stops(self):
-        "The problems that would stop a run"
-        return [p for p in self.problems if p["level"] == "error"]
-
-    def to_json(self):
-        "All of it as a dict; the token numbers a program asks for first stand at the top too"
-        top = dict(near_duplicates=self.near_duplicates, leaked=self.leaked, trained_tokens=self.tokens.get("trained"), truncated=self.tokens.get("truncated"))
-        return asdict(self) | top
-
-    def plot(self):
-        "A figure: how many different rows, how long they are, how often each label is"
-        return figure(self)
-
+    def plot(self): return figure(self)
     def _repr_html_(self): return body(self)
-    def _repr_markdown_(self): return f"**{sentence(self)}**\n\n" + markdown_table(facts(self), COLUMNS) + ("\n\n" + markdown_table(self.problems, PROBLEMS) if self.problems else "")
+    def _repr_markdown_(self): return "\n\n".join([f"**{sentence(self)}**", markdown_table(facts(self), COLUMNS), *([markdown_table(self.problems, PROBLEMS)] if self.problems else [])])
     def __str__(self): return text(self)
 
+    def to_json(self):
+        "All of it as a dict; the numbers a program asks for first stand at the top too"
+        return asdict(self) | dict(near_duplicates=self.near_duplicates, leaked=self.leaked, trained_tokens=self.tokens.get("trained"), truncated=self.tokens.get("truncated"))
+
     @classmethod
-    def from_json(cls,
-        value,  # what `to_json` gave
-    ):
-        "The report again"
-        return cls(**{k: value[k] for k in cls.__dataclass_fields__})
+    def from_json(cls, value): return cls(**{k: value[k] for k in cls.__dataclass_fields__})
