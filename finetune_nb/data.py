@@ -68,17 +68,17 @@ def shape_of(
     else: fix = "Rename " + " and ".join(f"{c!r} to {n!r}" for n, c in zip(SHAPES[shape], best[shape]) if n != c) + f" (shape {shape})"
     raise UserError(Problem(place, f"has the columns {', '.join(map(repr, sorted(columns)))}, which fit no known shape", fix))
 
-# %% ../nbs/04_data.ipynb #85d34c98
+# %% ../nbs/04_data.ipynb #e3a48871
 def text_problem(value, place):
     "What is wrong with a value that should be text, as a Problem; None if nothing is"
     if value is None: what, fix = "is missing", "Write the text, or leave the row out"
     elif not isinstance(value, str): what, fix = f"is {type(value).__name__}, not text", "Write it as a text in quotes"
     elif not value.strip(): what, fix = "is empty", "Write the text, or leave the row out"
-    elif re.search("[\ud800-\udfff]", value): what, fix = "holds half of a character (a lone surrogate)", "Write the character itself, for instance the emoji"
+    elif not value.isascii() and re.search("[\ud800-\udfff]", value): what, fix = "holds half of a character (a lone surrogate)", "Write the character itself, for instance the emoji"
     else: return None
     return Problem(place, what, fix, value if isinstance(value, (bool, int, float)) else None)
 
-# %% ../nbs/04_data.ipynb #abbb3451
+# %% ../nbs/04_data.ipynb #3313659a
 def unpack(value):
     "The messages in a JSON text, as CSV files hold them; any other value as it is"
     if not (isinstance(value, str) and value.lstrip().startswith("[")): return value
@@ -100,7 +100,7 @@ def messages_of(value, place, labels, seen):
             problems.append(Problem(at, "is a tool call or a tool's result, which is not trained here", "Leave the row out, or write the call and its result as user and assistant text"))
         elif role not in ROLES: problems.append(Problem(at, f"has the unknown role {role!r}", nearest(role, list(ROLES))))
         elif not (role == "system" and content == "") and (p := text_problem(content, at)): problems.append(p)
-        seen.update(("ignored", f"{k} (in messages)") for k, v in m.items() if v is not None and k not in ("role", "from", "content", "value"))
+        if more := [k for k, v in m.items() if v is not None and k not in ("role", "from", "content", "value")]: seen.update(("ignored", f"{k} (in messages)") for k in more)
         out.append({"role": ROLES.get(role), "content": content})
     if problems: raise UserError(problems)
     return out
@@ -151,13 +151,13 @@ def origin(row, place, n):
     if group and (p := text_problem(group, f"{place}, group")): raise UserError(p)
     return {"row": row["row"] if saved else n, **({"group": group} if group else {})}
 
-# %% ../nbs/04_data.ipynb #3cd08b03
+# %% ../nbs/04_data.ipynb #dc340055
 def normalise(row, shape, place, n, system, seen):
     "The normalised rows of one source row; a `UserError` if it cannot be used"
     if isinstance(row, Problem): raise UserError(row)
     if not isinstance(row, dict): raise UserError(Problem(place, "is not an object", 'Write {"prompt": "...", "completion": "..."}'))
     used = {*SHAPES[shape], "row", "group", "template", "system", *(("input", "context") if "instruction" in SHAPES[shape] else ())}
-    seen.update(("ignored", c) for c in set(row) - used)
+    if more := set(row) - used: seen.update(("ignored", c) for c in more)
     base = origin(row, place, n)
     if shape == "text":
         if p := text_problem(row.get("text"), f"{place}, text"): raise UserError(p)
