@@ -96,6 +96,35 @@ def test_a_template_with_other_values_is_one_example(template, answer, values):
     assert (duplicates.sizes(rows).unique, duplicates.sizes(rows).effective) == (len(values), 1)
 
 
+TEMPLATES = ["Turn on the {d} in the {r}", "Switch the {d} off", "Is the {d} in the {r} on?", "Set a timer for {n} minutes named {t}", "Play {m} by {a}", "Call {p} at {n}", "What is the weather in {c} on {w}",
+             "Remind me to {t} on {w}", "Book a table for {n} at {p} on {w}", "Translate {m} for {p}", "Send {p} a message saying {t}", "Add {t} to the {l} list"]
+VALUES = dict(d="ceiling light, desk lamp, fan, heater, coffee machine", r="kitchen, living room, attic, guest room", n=", ".join(map(str, range(60))), t="buy milk, pizza, call mom back, laundry, water the plants", m="yesterday, blue in green, hey jude",
+              a="the beatles, miles davis, queen", p="anna, john smith, maria, dr brown", c="paris, new york, rome, san francisco", w="monday, tuesday, friday", l="shopping, todo")
+
+
+def test_five_thousand_rows_of_twelve_templates():
+    rng, rows = random.Random(0), []
+    for i in range(5000):
+        slots = {k: rng.choice(VALUES[k].split(", ")) for k in re.findall(r"{(\w)}", TEMPLATES[i % 12])}
+        rows.append(chat(TEMPLATES[i % 12].format(**slots), json.dumps({"intent": f"intent {'abcdefghijkl'[i % 12]}"} | slots), i))
+    found = duplicates.sizes(rows)
+    assert found.unique > 800 and 10 <= found.effective <= 14, found
+
+
+def test_text_that_people_wrote_stays_different():
+    "What Python's library says about its functions: few of thousands repeat another, and those that do share most of their words"
+    import ast, sysconfig
+    from pathlib import Path
+    rows, seen = [], set()
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            said = ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else None
+            if said and len(said) > 30 and said not in seen: rows.append(chat(f"What does {node.name} do?", said, len(rows)))
+            seen.add(said)
+    found = duplicates.sizes(rows)
+    assert len(rows) > 1500 and found.effective > 0.88 * found.unique and found.largest[0][0] < 30, found.largest
+
+
 @pytest.mark.parametrize("rows", [
     [chat(f"{a} * {b} =", str(a * b)) for a in range(2, 12) for b in range(a, 12)],
     [chat(f"{'Read the review and say in one word, good or bad, what its writer thinks of the film. ' * 2}{w} {v}", "good") for w in WORDS[:8] for v in WORDS[-6:]],
