@@ -103,7 +103,7 @@ def _enough(held, arms):
     if any("text" in r for r in held.rows): raise UserError(Problem(held.name, "holds plain text without questions, so there is nothing to answer", "Give rows with a prompt and an answer"))
     if units < least: raise UserError(Problem(held.name, f"has {units} independent rows, and with {len(arms)} arms fewer than {least} can show no difference at all", f"Hold out at least {least} rows, better 200, or compare fewer arms"))
 
-# %% ../nbs/10d_prepared.ipynb #3924fb03
+# %% ../nbs/10d_prepared.ipynb #c4761d76
 @dataclass
 class Setup:
     "A bake-off that was checked and can begin"
@@ -130,7 +130,7 @@ class Setup:
     @property
     def groups(self): return [r["group"] for r in self.held.rows] if all("group" in r for r in self.held.rows) else None
 
-
+# %% ../nbs/10d_prepared.ipynb #2236edb3
 def _searching(plan, passages):
     texts = [p.text for p in passages]
     ways = {"bm25": lambda: bm25(texts), "dense": lambda: dense(texts, plan.encoder), "both": lambda: fused(bm25(texts), dense(texts, plan.encoder))}
@@ -154,7 +154,7 @@ def _room(recipe, tokenizer, plan, longest):
     context = getattr(config, "max_position_embeddings", None) or plan.room + longest
     return min(plan.room, context - longest)
 
-# %% ../nbs/10d_prepared.ipynb #826978e1
+# %% ../nbs/10d_prepared.ipynb #ffe148a6
 FEW = 100  # distinct rows below which a report warns; Google's tuning guide: start with 100
 
 
@@ -189,7 +189,7 @@ def prepare(
     setup.notes += [*_data_notes(setup, leaks), *(_search_notes(setup, found) if found else [])]
     return setup
 
-
+# %% ../nbs/10d_prepared.ipynb #0408871c
 def _data_notes(setup, leaks):
     if setup.effective < FEW: yield f"{len(setup.train)} training rows count as {setup.effective} when near copies count once. That is little to train on: the first gains were seen with 50 to 100 distinct rows (OpenAI), and {FEW} is where Google advises to start."
     if leaks: yield f"{len(leaks)} of {len(setup.held)} held-out rows stand in the training data too, exactly or nearly ({next(iter(leaks.values()))}, for instance), and are left out of the verdict."

@@ -51,7 +51,7 @@ class Base:
         "Forget the model: it was trained, or an arm broke off"
         self.model = None
 
-# %% ../nbs/10e_rounds.ipynb #fbf67396
+# %% ../nbs/10e_rounds.ipynb #0cd4d32b
 def _watch(budget, after, waited):
     "A callback that stops training which the budget has no room for"
     from transformers import TrainerCallback
@@ -64,14 +64,14 @@ def _watch(budget, after, waited):
         def on_train_begin(self, *args, **kwargs): self.start = budget_used(budget)
     return Watch()
 
-
+# %% ../nbs/10e_rounds.ipynb #d519feb4
 def budget_used(
     budget,  # a Budget
 ):
     "Seconds since the budget began to count"
     return time.monotonic() - budget.start
 
-
+# %% ../nbs/10e_rounds.ipynb #f0d7e34b
 def trained(
     setup,  # a Setup
     base,  # a Base
@@ -94,7 +94,7 @@ def trained(
     size = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return trainer.model, dict(seconds=budget_used(budget) - start, steps=trainer.state.global_step, rows=len(rows), loss=metrics["train_loss"], parameters=size)
 
-# %% ../nbs/10e_rounds.ipynb #acca3c11
+# %% ../nbs/10e_rounds.ipynb #041a1026
 def _shown(setup, row):
     "The exact text a model gets for a row"
     t = setup.tokenizer
@@ -111,7 +111,7 @@ def _local(setup, model, arm, rows, budget, say):
         waits = latency(model, setup.tokenizer, rows, setup.longest, setup.plan.timed)
     return dict(rows=scored(setup.held.rows, found, setup.metrics), seconds=seconds, batch=min(batch, len(rows)), latency=waits)
 
-
+# %% ../nbs/10e_rounds.ipynb #fb58a477
 def run_arm(
     setup,  # a Setup
     base,  # a Base
@@ -140,7 +140,7 @@ def run_arm(
         peak.done.set()
         if arm.trained: base.drop()
 
-# %% ../nbs/10e_rounds.ipynb #c33820fa
+# %% ../nbs/10e_rounds.ipynb #c70a8eea
 def _why(error):
     "A failure in one or two lines for the report"
     if is_out_of_memory(error): return "ran out of memory; lower batch_size, room, shots or passages"
@@ -154,7 +154,7 @@ def _kept(path, mark):
     except (OSError, ValueError): return None
     return found if found.get("fingerprint") == mark and found.get("status") == "done" else None
 
-
+# %% ../nbs/10e_rounds.ipynb #acce5c24
 def attempt(
     setup,  # a Setup
     base,  # a Base
@@ -188,7 +188,7 @@ def attempt(
     say(f"{name}: {_told(setup, result)}")
     return result | dict(new=True)
 
-
+# %% ../nbs/10e_rounds.ipynb #14f11af2
 def _part(rows, share, seed):
     "A share of the rows, the smaller part inside the larger"
     order = random.Random(seed).sample(range(len(rows)), len(rows))[:max(1, round(share * len(rows)))]
