@@ -135,7 +135,7 @@ class MemoryPlan(_Numbers):
 
     def _repr_markdown_(self):
         verdict = "" if self.fits is None else f"**{'Fits' if self.fits else 'Does not fit'}** on {self.card} ({human_bytes(self.usable)} usable). "
-        numbers = [dict(number=n, expected=human_bytes(r.expected), low=human_bytes(r.low), high=human_bytes(r.high)) for n, r in (("allocated", self.allocated), ("reserved", self.reserved), ("process (nvidia-smi)", self.process), ("main memory", self.ram), ("disk", self.disk))]
+        numbers = [dict(number=n, expected=human_bytes(r.expected), low=human_bytes(r.low), high=human_bytes(r.high)) for n, r in (("allocated", self.allocated), ("reserved", self.reserved), *([("process (nvidia-smi)", self.process)] if self.setup.device == "cuda" else []), ("main memory", self.ram), ("disk", self.disk))]
         phases = [dict(phase=p, **{k: human_bytes(v) if v else "–" for k, v in d.items() if k != "parts"}) for p, d in self.phases.items()]
         parts = [dict(part=k, bytes=human_bytes(v)) for k, v in sorted(self.breakdown.items(), key=lambda kv: -kv[1])]
         return "\n\n".join([f"{verdict}{self.model}, {self.setup.method}: {self.process} on {'each of ' + str(self.setup.gpus) + ' GPUs' if self.setup.gpus > 1 else 'one device'}; the peak is in phase {self.peak_phase}.", markdown_table(numbers), markdown_table(phases, dict(phase="phase", gpu="allocated", ram="main memory", disk="disk")), markdown_table(parts), *self.notes])
