@@ -207,17 +207,7 @@ PERSONAL = ["ada@lovelace.org", "4111 1111 1111 1111", "+44 20 7946 0958", "DE89
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    from transformers import LlamaConfig
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer().save_pretrained(folder)
-    LlamaConfig().save_pretrained(folder)
-    (folder / "model.safetensors").touch()
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory, model):
+def planted(tmp_path_factory, tiny_model):
     "A report on 120 good rows and one of each kind of bad ones, with 20 evaluation rows of which 2 leak"
     rng, folder = random.Random(7), tmp_path_factory.mktemp("planted")
     good = [{"prompt": sentence(rng), "completion": rng.choice(["yes", "no"])} for _ in range(120)]
@@ -226,7 +216,7 @@ def planted(tmp_path_factory, model):
     odd += [{"prompt": f"Mine is {p}", "completion": "no"} for p in PERSONAL] + [{"prompt": good[0]["prompt"].upper(), "completion": {"yes": "no", "no": "yes"}[good[0]["completion"]]}, {"prompt": "Help", "completion": "I'm sorry, but I can't help with that."}]
     train = write_rows(folder / "train.jsonl", good + bad + odd)
     held = write_rows(folder / "held.jsonl", [good[3], {"prompt": swap(good[4]["prompt"], rng), "completion": "yes"}, *({"prompt": sentence(rng), "completion": "no"} for _ in range(18))])
-    return data_check.check(train, held, model, max_length=300, **SILENT)
+    return data_check.check(train, held, tiny_model, max_length=300, **SILENT)
 
 
 def rows_with(report, word): return [p["row"] for p in report.problems if word in p["problem"]]
@@ -318,8 +308,8 @@ def test_any_text_gives_a_report(pairs):
     data_report.page(report)
 
 
-def test_files_and_answer(tmp_path, model):
-    found, shown = data_check.answer(write_rows(tmp_path / "a.jsonl", [{"text": sentence(random.Random(i))} for i in range(30)]), model=model, out=tmp_path / "out", **SILENT)
+def test_files_and_answer(tmp_path, tiny_model):
+    found, shown = data_check.answer(write_rows(tmp_path / "a.jsonl", [{"text": sentence(random.Random(i))} for i in range(30)]), model=tiny_model, out=tmp_path / "out", **SILENT)
     assert found["rows"] == 30 and sorted(p.name for p in (tmp_path / "out").iterdir()) == ["data.html", "data.json", "data.png"] and "page: " in shown
     assert data_report.DataReport.from_json(json.loads((tmp_path / "out/data.json").read_text())).rows == 30
 
