@@ -6,8 +6,9 @@
 __all__ = ['INITS', 'SCHEDULERS', 'DTYPES', 'OPTIMIZERS', 'FIELDS', 'LAPTOP', 'PRESETS', 'CHANGES_BASE', 'Recipe', 'fields',
            'make', 'names', 'problems', 'to_yaml', 'load', 'from_values', 'parameters_cell']
 
-# %% ../nbs/05_recipe.ipynb #758cb467
+# %% ../nbs/05_recipe.ipynb #357e54bc
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -122,31 +123,36 @@ PRESETS = {
     "fast": LAPTOP | dict(lora_r=8, lora_alpha=16, lora_layers=4, max_rows=64, max_eval_rows=16, max_steps=8, log_steps=2, eval_steps=4, save_steps=4),
 }
 
-# %% ../nbs/05_recipe.ipynb #30492c9f
+# %% ../nbs/05_recipe.ipynb #c6e0dbcb
 def _number(value, field):
     if not (isinstance(value, str) and field.annotation in (int, float)): return value
-    if field.annotation is int and re.fullmatch(r"[+-]?\d+", value): return int(value)
-    if field.annotation is float and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value): return float(value)
+    if field.annotation is int and re.fullmatch(r"[+-]?(0|[1-9]\d{0,17})", value): return int(value)
+    if field.annotation is float and re.fullmatch(r"[+-]?((0|[1-9]\d{0,17})(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?", value): return float(value)
     return value
 
 
 def _fix(error, field):
     kind, ctx = error["type"], error.get("ctx", {})
     if kind == "literal_error": return f"Choose one of: {ctx['expected']}"
+    if kind == "string_type": return "Put it in quotes"
     if kind == "string_pattern_mismatch": return "Use letters, digits, '.', '_' and '-', starting with a letter or digit"
     limits = [f"{w} {ctx[k]}" for k, w in dict(ge="at least", gt="above", le="at most", lt="below", min_length="of length at least").items() if k in ctx]
     return f"Give a value {' and '.join(limits)}; the default is {field.default!r}" if limits else f"Give a value of type {field.annotation.__name__}; the default is {field.default!r}"
 
-# %% ../nbs/05_recipe.ipynb #ab62c756
+# %% ../nbs/05_recipe.ipynb #69965ada
 def make(
     preset="stock",  # "stock", "laptop", "quality" or "fast"
+    /,
     **values,  # settings that differ from the preset, by their names in `Recipe`
 ):
     "A checked `Recipe`, or a `UserError` with every problem of every setting"
-    problems = [Problem(k, "is not a setting", nearest(k, FIELDS)) for k in values if k not in FIELDS]
-    if preset not in PRESETS: problems.append(Problem("preset", "does not exist", nearest(preset, PRESETS), preset))
+    preset = values.pop("preset", preset)
+    problems = [Problem(k[:100], "is not a setting", nearest(k[:100], FIELDS)) for k in values if k not in FIELDS]
+    if not (isinstance(preset, str) and preset in PRESETS):
+        problems.append(Problem("preset", "does not exist", nearest(str(preset)[:100], PRESETS), preset))
+        preset = "stock"
     known = {k: _number(v, FIELDS[k]) for k, v in values.items() if k in FIELDS}
-    try: recipe = Recipe(**(PRESETS.get(preset, {}) | known))
+    try: recipe = Recipe(**(PRESETS[preset] | known))
     except ValidationError as e:
         for err in e.errors():
             name = err["loc"][0]
@@ -219,29 +225,51 @@ def to_yaml(
         lines.append(text if only_changed or "\n" in text else f"{text}  # {f.description}")
     return "\n".join(l for l in lines if l is not None) + "\n" if lines else "{}\n"
 
-# %% ../nbs/05_recipe.ipynb #cf1f7eb5
+# %% ../nbs/05_recipe.ipynb #67f10128
 class _Loader(yaml.SafeLoader):
-    "Safe YAML that refuses duplicate keys and reads 5e-5 as a number"
+    "Safe YAML without references, duplicate keys and surprising numbers"
+    depth = 0
+
+    def compose_node(self, parent, index):
+        line = self.peek_event().start_mark.line + 1
+        if self.check_event(yaml.AliasEvent): raise UserError(Problem(f"line {line}", "refers to another part of the file", "Write the value out"))
+        if self.depth == 20: raise UserError(Problem(f"line {line}", "is nested more than 20 deep", "A recipe is a list of settings with their values"))
+        self.depth += 1
+        try: return super().compose_node(parent, index)
+        finally: self.depth -= 1
+
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
+        counts = Counter(map(repr, keys))
+        twice = sorted({str(k)[:100] for k in keys if counts[repr(k)] > 1})
         if twice: raise UserError([Problem(f"line {node.start_mark.line + 1}", f"gives {k!r} twice", "Keep one of them") for k in twice])
         return super().construct_mapping(node, deep)
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+$"), list("+-0123456789"))
+
+_Loader.yaml_implicit_resolvers = {c: [(tag, rule) for tag, rule in rules if tag[18:] in ("bool", "null")] for c, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[+-]?(0|[1-9]\d{0,17})$"), list("+-0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[+-]?((0|[1-9]\d{0,17})(\.\d*)?([eE][+-]?\d{1,3})?|\.\d+([eE][+-]?\d{1,3})?)$"), list("+-.0123456789"))
+
+# %% ../nbs/05_recipe.ipynb #2ce793dc
+def _text_of(path):
+    try:
+        if not path.is_file(): raise UserError(Problem(str(path)[:200], "is not a file", "Give the path of a recipe file, e.g. recipe.yaml"))
+        if path.stat().st_size > 1 << 20: raise UserError(Problem(str(path), "is larger than 1 MiB and surely no recipe", "Give a recipe file"))
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError: raise UserError(Problem(str(path), "is not readable YAML: it is not UTF-8 text", "Save it as UTF-8")) from None
+    except (OSError, ValueError) as e: raise UserError(Problem(str(path)[:200], f"cannot be read: {getattr(e, 'strerror', None) or e}", "Give the path of a recipe file, e.g. recipe.yaml")) from None
 
 
 def load(
     path,  # a YAML file
+    /,
     preset="",  # used if the file names none; empty means stock's values without its tracker
     **values,  # win over the file
 ):
     "A checked `Recipe` from a YAML file"
     path = Path(path)
-    if not path.is_file(): raise UserError(Problem(str(path), "is not a file", "Give the path of a recipe file, e.g. recipe.yaml"))
-    if path.stat().st_size > 1 << 20: raise UserError(Problem(str(path), "is larger than 1 MiB and surely no recipe", "Give a recipe file"))
-    try: found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
+    try: found = yaml.load(_text_of(path), _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as e:
         raise UserError(Problem(str(path), f"is not readable YAML: {' '.join(str(e).split())[:200]}", "Mend the file at that place")) from None
     if not isinstance(found or {}, dict) or not all(isinstance(k, str) for k in found or {}):
         raise UserError(Problem(str(path), "does not hold settings with their values", "Write lines such as 'learning_rate: 2e-4'"))
