@@ -160,7 +160,7 @@ def parameter_problems(
     strange = [n for n in names if n not in odd and known is not None and n not in known]
     return [Problem("parameter", "is not a name and would be run as code", "Use letters, digits and '_'", n) for n in odd] + [Problem(n, "is not a parameter of this notebook", nearest(n, known)) for n in strange]
 
-# %% ../nbs/00_core.ipynb #b01ad15f
+# %% ../nbs/00_core.ipynb #a059d094
 # Forms as published by their makers: Hugging Face, OpenAI and Anthropic, AWS, GitHub, GitLab, Slack, Google, npm, PyPI, and private keys in PEM
 _KEYS = re.compile(r"""\bhf_[A-Za-z0-9]{30,} | \bsk-[A-Za-z0-9_-]{20,} | \b(?:AKIA|ASIA)[0-9A-Z]{16}\b | \bgh[pousr]_[A-Za-z0-9]{36,} | \bgithub_pat_\w{22,}
     | \bglpat-[\w-]{20,} | \bxox[abprs]-[A-Za-z0-9-]{10,} | \bAIza[\w-]{35} | \bnpm_[A-Za-z0-9]{36} | \bpypi-[\w-]{50,}
@@ -171,17 +171,20 @@ _NAMED = re.compile(r"""(?P<before>\bbearer\s+(?=[\w.~+/=-]{20}) | \bauthorizati
     | (?P<url>://[^\s/:@]{1,64}:)[^\s/@]{3,}(?=@) | (?P<wandb>wandb[^\n]{0,60}?\b)[0-9a-f]{40}\b""", re.X | re.I)
 _SECRET_NAME = re.compile(r"(?:^|_)(?:\w*KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(?:_|$)", re.I)
 HIDDEN = "[redacted]"
+_IMAGE = re.compile(r"([A-Za-z0-9+/=]{2000,})")  # base64, in which the form of a key turns up by chance
 
 
 def redact(
     text,  # what is about to be written: a log, a notebook, JSON, a page
 ):
     "The text without keys, tokens and passwords"
-    text = _KEYS.sub(HIDDEN, text)
-    text = _NAMED.sub(lambda m: (m["before"] or m["url"] or m["wandb"]) + HIDDEN, text)
-    for value in sorted((v for k, v in os.environ.items() if _SECRET_NAME.search(k) and len(v) >= 8 and not v.startswith("/")), key=len, reverse=True):
-        for form in {value, json.dumps(value)[1:-1], html.escape(value)}: text = text.replace(form, HIDDEN)
-    return text
+    values = sorted((v for k, v in os.environ.items() if _SECRET_NAME.search(k) and len(v) >= 8 and not v.startswith("/")), key=len, reverse=True)
+    forms = [form for v in values for form in {v, json.dumps(v)[1:-1], html.escape(v)}]
+    def clean(part):
+        part = _NAMED.sub(lambda m: (m["before"] or m["url"] or m["wandb"]) + HIDDEN, _KEYS.sub(HIDDEN, part))
+        for form in forms: part = part.replace(form, HIDDEN)
+        return part
+    return "".join(clean(part) if i % 2 == 0 else part for i, part in enumerate(_IMAGE.split(text)))
 
 # %% ../nbs/00_core.ipynb #1a6b9314
 def sha256_file(
