@@ -128,6 +128,13 @@ class Comparison:
         "{metric: {value, low, high, p, n}}, after minus before, for what both sides have"
         return _changes(list(zip(self.before.rows, self.after.rows)))
 
+    def without(self,
+        positions,  # of rows to leave out, such as those that were trained on
+    ):
+        "The comparison of the other rows"
+        out = set(positions)
+        return Comparison(*(Scores([r for i, r in enumerate(s.rows) if i not in out], s.label_field) for s in (self.before, self.after)))
+
     def table(self):
         "One dict for each metric: metric, before, after, change and p, as text"
         return [{"metric": k, "before": show_metric(k, self.before.metrics[k]), "after": show_metric(k, self.after.metrics[k]),

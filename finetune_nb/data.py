@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'PLAIN', 'ROLES', 'TOOL_ROLES', 'Data', 'fingerprint', 'shape_of', 'text_problem', 'unpack', 'messages_of',
            'conversation', 'order_problem', 'with_system', 'origin', 'normalise', 'capped', 'told', 'read', 'save',
-           'messages_text', 'prompt_key', 'prompt_words', 'clusters', 'split', 'overlap']
+           'messages_text', 'prompt_key', 'prompt_words', 'clusters', 'split']
 
 # %% ../nbs/04_data.ipynb #80ad4174
 import json, random, re
@@ -18,7 +18,7 @@ from .core import Problem, UserError, markdown_table, nearest, sha256_json, writ
 from .similar import alike, words
 from .sources import open_source
 
-# %% ../nbs/04_data.ipynb #3f4d0555
+# %% ../nbs/04_data.ipynb #60738ec9
 @dataclass
 class Data:
     "Rows in the one form that every later step reads, and what was found and decided on the way"
@@ -28,6 +28,7 @@ class Data:
     sha256: str  # fingerprint of `rows`
     problems: list = field(default_factory=list)  # list of Problem, all of them warnings
     notes: list = field(default_factory=list)  # what was decided while reading, one sentence each
+    leaked: list = field(default_factory=list)  # positions of rows that were trained on, once that was looked at
 
     def __len__(self): return len(self.rows)
 
@@ -295,13 +296,3 @@ def split(
     note = f"Split by {tie} with seed {seed}: {len(data) - len(held)} rows to train on, {len(held)} to evaluate on"
     parts = [[r for i, r in enumerate(data.rows) if (i in held) == side] for side in (False, True)]
     return tuple(replace(data, name=f"{data.name} ({what} part)", rows=p, sha256=fingerprint(p), problems=problems, notes=data.notes + [note]) for what, p in zip(("training", "evaluation"), parts))
-
-# %% ../nbs/04_data.ipynb #a3acef44
-def overlap(
-    train,  # a Data, or a list of rows
-    held_out,  # a Data, or a list of rows
-):
-    "(row number in train, row number in held_out) of each held-out row whose prompt was trained on too"
-    first = {}
-    for r in getattr(train, "rows", train): first.setdefault(prompt_key(r), r["row"])
-    return [(first[k], r["row"]) for r in getattr(held_out, "rows", held_out) if (k := prompt_key(r)) in first]

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from . import home
 from .core import Problem, UserError, stop_on_errors
-from .data import Data, fingerprint, overlap, read, split
+from .data import Data, fingerprint, read, split
+from .duplicates import leaked_rows
 from .evaluate import evaluate
 from .hardware import choose, dtype_problems, machine, memory
 from .mask import encode_all
@@ -66,9 +67,10 @@ def rows(
     elif recipe.eval_data: train, held = read(recipe.data, system=recipe.system), read(recipe.eval_data, system=recipe.system, split="test")
     else: train, held = split(read(recipe.data, system=recipe.system), recipe.eval_fraction, recipe.seed)
     train, held = _some(train, recipe.max_rows, recipe.seed), _some(held, recipe.max_eval_rows, recipe.seed)
-    leaked = len({e for _, e in overlap(train, held)})
-    if leaked == len(held): raise UserError(Problem(held.name, "holds only rows that are in the training data too", "Give rows the model is not trained on, or leave eval_data empty"))
-    if leaked: held.problems.append(Problem(held.name, f"has {leaked} of {len(held)} prompts that are in the training data too; scores will look better than they are", "Take them out of one side", level="warning"))
+    leaks = leaked_rows(train, held)
+    if len(leaks) == len(held) and {l.kind for l in leaks.values()} == {"same"}: raise UserError(Problem(held.name, "holds only rows that are in the training data too", "Give rows the model is not trained on, or leave eval_data empty"))
+    if leaks: held.problems.append(Problem(held.name, f"has {len(leaks)} of {len(held)} rows that were trained on, exactly or nearly (row {held.rows[min(leaks)]['row']}: {leaks[min(leaks)]}); scores are told with and without them", "Take them out of one side: finetune-nb data lists them", level="warning"))
+    held.leaked = sorted(leaks)
     return train, held
 
 # %% ../nbs/09b_job.ipynb #4685eea8

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from finetune_nb.core import UserError
-from finetune_nb.data import SHAPES, Data, clusters, fingerprint, messages_text, overlap, prompt_key, read, save, split
+from finetune_nb.data import SHAPES, Data, clusters, fingerprint, messages_text, prompt_key, read, save, split
 
 QA = [("Capital of France?", "Paris, \"the\" capital."), ("2+2?", "4"), ("Größe, in\nzwei Zeilen?", "Ja; naïve 😀")]
 WANTED = [{"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}], "row": i} for i, (q, a) in enumerate(QA, 1)]
@@ -294,7 +294,7 @@ def test_split_keeps_prompts_groups_and_conversations_together():
     train, held = split(made(rows), 0.2, seed=3)
     for key in (prompt_key, lambda r: r["row"], lambda r: r.get("group", id(r))): assert not {key(r) for r in train.rows} & {key(r) for r in held.rows}
     assert sorted(map(json.dumps, train.rows + held.rows)) == sorted(map(json.dumps, rows))
-    assert len(held) <= 20 and not overlap(train, held)
+    assert len(held) <= 20
 
 
 def test_split_follows_its_seed():
@@ -314,10 +314,6 @@ def test_split_leaves_no_side_empty(rows):
 def test_clusters_of_many_rows_are_quick():
     rows = [{"text": f"t{i}", "row": i, "group": "one"} for i in range(50_000)]
     assert len(clusters(rows)) == 1
-
-
-def test_overlap_ignores_case_and_spacing():
-    assert overlap(WANTED, [{**WANTED[1], "prompt": [say("user", " 2+2?\n")], "row": 8}, {**WANTED[0], "prompt": [U]}]) == [(2, 8)]
 
 
 text = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda s: s.strip())
