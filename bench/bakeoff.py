@@ -4,7 +4,7 @@ usage: python bench/bakeoff.py CASE FOLDER [-p SETTING VALUE]… [--out bench/re
 
 house      commands for one home; the form of the answer is behaviour, the ids in it are knowledge
 repeated   900 rows that are four sentences said again and again: too little to learn from
-packages   which version of a package is installed: facts that stand in a document and nowhere else
+packages   what an installed package is, in its own words: facts that stand in a document
 
 Called again with the same FOLDER it goes on where it stopped. The result holds the figures, not the rows: what comes
 from other people's packages is read where it is installed and not copied.
@@ -57,24 +57,21 @@ def repeated(folder):
 
 
 def installed():
-    "{package: (version, paragraph about it)} of this environment"
-    found = {}
-    for d in distributions():
-        name, about = d.metadata["Name"], d.metadata["Summary"]
-        if name and about and d.version and name.lower() not in ("finetune_nb", "finetune-nb"): found[name.lower()] = (d.version, f"{name}: {' '.join(about.split())} The installed version is {d.version}.")
-    return dict(sorted(found.items()))
+    "{package: what it says of itself, in 4 to 15 words} of this environment"
+    found = {d.metadata["Name"]: " ".join((d.metadata["Summary"] or "").split()) for d in distributions() if d.metadata["Name"]}
+    return {name: about for name, about in sorted(found.items()) if 4 <= len(about.split()) <= 15 and name.lower() not in ("finetune_nb", "finetune-nb")}
 
 
-def packages(folder, seed=7):
+def packages(folder, seed=7, held=40):
     "(settings of the recipe, settings of the bake-off)"
     known = installed()
     names = random.Random(seed).sample(list(known), len(known))
-    row = lambda n, name: dict(prompt=[dict(role="system", content="Answer with the version number only."), dict(role="user", content=f"Which version of {name} is installed?")], completion=[dict(role="assistant", content=known[name][0])], row=n)
+    row = lambda n, name: dict(prompt=[dict(role="system", content="Answer in one short sentence."), dict(role="user", content=f"What is the package {name}?")], completion=[dict(role="assistant", content=known[name])], row=n)
     rows = [row(n, name) for n, name in enumerate(names, 1)]
-    save(rows[50:], Path(folder) / "train.jsonl"), save(rows[:50], Path(folder) / "eval.jsonl")
-    write_atomic(Path(folder) / "packages.md", "\n\n".join(text for _, text in known.values()))
+    save(rows[held:], Path(folder) / "train.jsonl"), save(rows[:held], Path(folder) / "eval.jsonl")
+    write_atomic(Path(folder) / "packages.md", "\n\n".join(f"The package {name}: {about}" for name, about in known.items()))
     return (dict(preset="laptop", data=str(Path(folder) / "train.jsonl"), eval_data=str(Path(folder) / "eval.jsonl"), max_steps=30),
-            dict(documents=str(Path(folder) / "packages.md"), arms="prompt,few-shot,rag,few-shot+rag,finetune", curve=False, passage_words=60, passages=2, shots=3, timed=4))
+            dict(documents=str(Path(folder) / "packages.md"), metric="token_f1,exact", arms="prompt,few-shot,rag,finetune", curve=False, passage_words=20, overlap_words=5, passages=1, shots=3, timed=4))
 
 
 def kinds():
@@ -102,7 +99,7 @@ def main():
     args = parser.parse_args()
     start, before, log = time.time(), os.getloadavg(), []
     recipe, settings = CASES[args.case](args.folder / "case")
-    more = {k: json.loads(v) if v[:1] in "0123456789tf" else v for k, v in args.p}
+    more = {k: json.loads(v) if v in ("true", "false") or v[:1].isdigit() else v for k, v in args.p}
     settings |= {k: v for k, v in more.items() if k in OPTIONS}
     recipe = make(recipe.pop("preset"), **recipe | {k: v for k, v in more.items() if k not in OPTIONS} | {"name": args.case})
     def say(line):

@@ -98,7 +98,7 @@ class Bakeoff:
         notes = "\n".join(f"- {plain(n)}" for n in [*self.verdict.notes, *self.notes])
         return "\n\n".join([f"**{plain(self.verdict.text)}**", markdown_table(self.table()), *([plain(self.more.text)] if self.more else []), *([notes] if notes else [])])
 
-# %% ../nbs/10f_bakeoff.ipynb #25e22a83
+# %% ../nbs/10f_bakeoff.ipynb #22e8a80e
 def trade(
     found,  # a Bakeoff
 ):
@@ -108,11 +108,12 @@ def trade(
     ways = (("seconds for one request, median", lambda a: a["latency"] and a["latency"]["median"]), ("dollars for 1,000 requests", lambda a: a["cost"].get("per_1000")))
     for axes, (title, of) in zip(figure.subplots(1, 2), ways):
         points = [(of(a), a) for a in found.arms if a["score"] is not None and of(a) is not None]
-        for x, a in points:
+        for k, (x, a) in enumerate(points):
             color = seen if a["arm"] == found.verdict.arm else grey
             axes.errorbar(x, 100 * a["score"], [[100 * (a["score"] - a["low"])], [100 * (a["high"] - a["score"])]], fmt="o", color=color, capsize=3, lw=1)
-            axes.annotate(a["arm"], (x, 100 * a["score"]), xytext=(5, 4), textcoords="offset points", fontsize=8, color=color)
+            axes.annotate(a["arm"], (x, 100 * a["score"]), xytext=(5, 4 + 9 * (k % 4)), textcoords="offset points", fontsize=8, color=color)
         axes.set(xlabel=title, ylabel=f"{found.metric}, of 100", ylim=(-3, 103), xlim=(0, 1.25 * max((x for x, _ in points), default=1)))
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.25)
     return figure
 
