@@ -6,7 +6,7 @@ usage: python bench/torture.py [--matrix N] [--kills N] [--harm] [--disk] [--sec
              those that cover every pair of values first
 --kills N    SIGKILL at a random moment, every second one while a checkpoint is being saved; then gone on with to the end
 --harm       each file of the newest checkpoint missing, half, zeroed and with one bit flipped; then gone on with
---disk       a tmpfs with room for two checkpoints and a half (needs the right to mount)
+--disk       a tmpfs with room for two checkpoints and a half of the next (needs the right to mount)
 --seconds S  begin no further trial after this time; what was done is recorded
 
 Everything runs on a random Llama of four layers on the CPU, one thread. Results say how many were asked for and how many were done.
@@ -28,7 +28,7 @@ import conftest  # noqa: E402
 import exact  # noqa: E402
 import torch  # noqa: E402
 
-from finetune_nb.checkpoint import MARK, damage, found, newest  # noqa: E402
+from finetune_nb.checkpoint import MARK, damage, found, newest, size as size_of  # noqa: E402
 from finetune_nb.core import UserError, write_json  # noqa: E402
 from finetune_nb.hardware import cores, versions  # noqa: E402
 
@@ -52,27 +52,31 @@ def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def kills(n, place, model, rows, until, seed=0):
-    "n runs killed at random moments, each gone on with"
+    "n runs killed at random moments of random steps, each gone on with"
     train = lambda out, resume=False: lambda: exact.run(VALUES, model, rows, out, resume)
     start = time.monotonic()
     assert ended(apart(train(place / "straight"))) == 0
-    length, rng, result = time.monotonic() - start, random.Random(seed), dict(asked=n, done=0, same=0, failed=[], before_the_first_checkpoint=0, in_the_middle_of_saving=0, unmarked=0, after_the_end=0)
+    length, last, rng = time.monotonic() - start, max(s for s, _ in found(place / "straight" / "checkpoints")), random.Random(seed)
+    result = dict(asked=n, done=0, same=0, failed=[], in_the_middle_of_saving=0, unmarked=0, after_the_end=0, went_on_from={})
     for i in range(n):
         if time.monotonic() > until: break
-        out = place / f"kill-{i}"
-        pid, partial, wait = apart(train(out)), out / "checkpoints" / "partial", rng.uniform(0, 1.05 * length)
-        if i % 2:  # wait for a save near that time, then for a moment within it
-            end = time.monotonic() + wait
-            while time.monotonic() < end: time.sleep(0.001)
-            while not partial.exists() and time.monotonic() < end + length: time.sleep(0.0002)
-            time.sleep(rng.uniform(0, 0.02))
-        else: time.sleep(wait)
+        out, after = place / f"kill-{i}", rng.randint(0, last)
+        place_of, partial = out / "checkpoints", out / "checkpoints" / "partial"
+        pid, end = apart(train(out)), time.monotonic() + 5 * length
+        reached = lambda: after == 0 or any(s >= after for s, _ in found(place_of))
+        while not reached() and time.monotonic() < end: time.sleep(0.001)
+        if after == 0: time.sleep(rng.uniform(0, length))  # also while the model is loaded
+        elif i % 2: time.sleep(rng.uniform(0, length / last / 2))
+        else:  # a moment within the next save
+            while not partial.exists() and time.monotonic() < end and after < last: time.sleep(0.0002)
+            time.sleep(rng.uniform(0, 0.03))
         os.kill(pid, signal.SIGKILL)
         result["after_the_end"] += ended(pid) == 0
-        there = found(out / "checkpoints")
-        result["before_the_first_checkpoint"] += not there
         result["in_the_middle_of_saving"] += partial.exists()
-        result["unmarked"] += any(not (p / MARK).exists() for _, p in there)
+        result["unmarked"] += any(not (p / MARK).exists() for _, p in found(place_of))
+        path = newest(place_of)[0]
+        name = path.name if path else "the beginning"
+        result["went_on_from"][name] = result["went_on_from"].get(name, 0) + 1
         code = ended(apart(train(out, True)))
         wrong = exact.same(place / "straight", out) if code == 0 else [f"going on ended with {code}"]
         result["done"] += 1
@@ -108,10 +112,10 @@ def disk(place, model, rows):
     "A run folder on a disk that is too small; after it grew, the run is gone on with"
     values = VALUES | dict(best_at_end=False)
     exact.run(values, model, rows, place / "straight")
-    one = sum(p.stat().st_size for p in (place / "straight" / "checkpoints" / "checkpoint-8").rglob("*"))
+    one = size_of(found(place / "straight" / "checkpoints")[0][1])
     small = place / "small"
     small.mkdir()
-    size = lambda n: f"size={int(n)}"
+    size = lambda n: f"size={int(n)}"  # pages, folders and the metrics need a little of it
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", size(2.5 * one), "tmpfs", str(small)], capture_output=True, text=True)
     if done.returncode: return dict(done=False, why=done.stderr.strip())
     try:

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['states', 'set_states', 'random_state', 'set_random_state', 'writing_failed', 'expected_size', 'best_step', 'Kept',
-           'same_types', 'Resumable', 'progress_of', 'set_best', 'save_checkpoint', 'finish', 'not_saved',
-           'progress_at', 'check_loaded', 'put_back']
+           'Resumable', 'save_checkpoint', 'check_loaded', 'put_back']
 
 # %% ../nbs/08_resume.ipynb #642cf53e
 import json, random, shutil, time
@@ -79,7 +78,7 @@ def best_step(
     losses = {l["step"]: l["eval_loss"] for l in history if l.get("eval_loss") is not None and l["eval_loss"] == l["eval_loss"]}
     return min((s for s in steps if s in losses), key=lambda s: (losses[s], s), default=None)
 
-# %% ../nbs/08_resume.ipynb #1aeb9082
+# %% ../nbs/08_resume.ipynb #a5ef6c63
 class Kept:
     "Checkpoints that verify, and steps that can be unmade"
     facts, base, keep, curve, override = {}, None, 2, None, {}  # what the training is; the base's fingerprint; checkpoints to keep; metrics.jsonl; {changed setting: (old, new)}
@@ -88,12 +87,12 @@ class Kept:
 
     def training_step(self, *args, **kwargs):
         "One pass; before the first of a step, where it can be unmade to is remembered"
-        if not self.seen: self._before = states(), self._tr_loss.clone(), self._total_train_tokens, {k: list(v) for k, v in self._metrics["train"].items()}
+        if not self.seen: self._before = states(), self._tr_loss.clone(), self._total_train_tokens, {k: list(v) for k, v in self._metrics["train"].items()}, self.current_flos, self.state.num_input_tokens_seen
         return super().training_step(*args, **kwargs)
 
     def rewind(self):
         "Unmake the step that was not applied: all but the weights, which it did not change"
-        kept, self._tr_loss, self._total_train_tokens, metrics = self._before
+        kept, self._tr_loss, self._total_train_tokens, metrics, self.current_flos, self.state.num_input_tokens_seen = self._before
         set_states(kept)
         self._metrics["train"].clear(), self._metrics["train"].update(metrics)
         self.seen = ()
@@ -107,9 +106,9 @@ class Kept:
 
     def _save_checkpoint(self, model, trial): save_checkpoint(self, super()._save_checkpoint, model, trial)
 
-# %% ../nbs/08_resume.ipynb #e00808c4
+# %% ../nbs/08_resume.ipynb #7e38539f
 @contextmanager
-def same_types(model):
+def _same_types(model):
     "Loading inside the block leaves every trained weight in the number format it had"
     types = {n: p.dtype for n, p in model.named_parameters() if p.requires_grad}
     yield
@@ -123,11 +122,11 @@ class Resumable(Kept):
 
     def _init_training_state(self, max_steps, per_epoch, epochs, path, trial):
         positions = super()._init_training_state(max_steps, per_epoch, epochs, path, trial)
-        if path: set_best(self, [s for s, p in found(self.args.output_dir) if s <= self.state.global_step and not damage(p, deep=False)])
+        if path: _set_best(self, [s for s, p in found(self.args.output_dir) if s <= self.state.global_step and not damage(p, deep=False)])
         return positions
 
     def _load_from_checkpoint(self, *args, **kwargs):
-        with same_types(self.model): super()._load_from_checkpoint(*args, **kwargs)
+        with _same_types(self.model): super()._load_from_checkpoint(*args, **kwargs)
 
     def _prepare_for_training(self, max_steps, loader, path):
         prepared = super()._prepare_for_training(max_steps, loader, path)
@@ -154,16 +153,16 @@ class Resumable(Kept):
         why = damage(self.state.best_model_checkpoint)
         if why: self.say(f"warning: {Path(self.state.best_model_checkpoint).name} had the lowest held-out loss, but {why}; the model stays as it is after the last step")
         else:
-            with same_types(self.model): super()._load_best_model()
+            with _same_types(self.model): super()._load_best_model()
 
-# %% ../nbs/08_resume.ipynb #562efa87
-def progress_of(trainer):
+# %% ../nbs/08_resume.ipynb #8526e69e
+def _progress_of(trainer):
     "What transformers' own files leave out, of this process"
     return dict(tr_loss=float(trainer._tr_loss), total_loss=trainer._total_loss_scalar, last_logged=trainer._globalstep_last_logged, tokens=trainer._total_train_tokens, metrics=dict(trainer._metrics["train"]),
                 epoch_random=trainer._epoch_random, learning_rate=trainer._get_learning_rate(), weights=weights_print(trainer.model), seconds=time.time() - trainer._started + trainer._spent if trainer._started else 0.0)
 
 
-def set_best(trainer, steps):
+def _set_best(trainer, steps):
     "Point the trainer at the best of the checkpoints there are"
     best = best_step(trainer.state.log_history, steps) if trainer.args.metric_for_best_model else None
     trainer.state.best_model_checkpoint = None if best is None else str(Path(trainer.args.output_dir) / f"checkpoint-{best}")
@@ -186,25 +185,25 @@ def save_checkpoint(
         if main: partial.mkdir(parents=True)
         trainer.accelerator.wait_for_everyone()
         trainer._place = partial.parent
-        try: write(model, trial), write_atomic(partial / f"progress_{trainer.args.process_index}.json", json.dumps(progress_of(trainer)))
+        try: write(model, trial), write_atomic(partial / f"progress_{trainer.args.process_index}.json", json.dumps(_progress_of(trainer)))
         except Exception as e:
             if not writing_failed(e): raise
             why = " ".join(str(e).split())[:200]
         finally: trainer._place = None
-    if anybody(trainer, why): return not_saved(trainer, why)
+    if anybody(trainer, why): return _not_saved(trainer, why)
     if main:
-        try: finish(trainer, partial, place, step)
+        try: _finish(trainer, partial, place, step)
         except OSError as e: why = f"{e.strerror or e}"
-    if anybody(trainer, why): return not_saved(trainer, why)
+    if anybody(trainer, why): return _not_saved(trainer, why)
     trainer.saved, trainer.failed = step, 0
-    best = set_best(trainer, [s for s, p in found(place) if s <= step and not damage(p, deep=False)])
+    best = _set_best(trainer, [s for s, p in found(place) if s <= step and not damage(p, deep=False)])
     trainer.accelerator.wait_for_everyone()
     if main: prune(place, trainer.keep, best)
 
-# %% ../nbs/08_resume.ipynb #2bfffc1b
-def finish(trainer, partial, place, step):
+# %% ../nbs/08_resume.ipynb #cec8e5b6
+def _finish(trainer, partial, place, step):
     "What the main process does when all have written"
-    set_best(trainer, [s for s, p in found(place) if s < step and not damage(p, deep=False)] + [step])
+    _set_best(trainer, [s for s, p in found(place) if s < step and not damage(p, deep=False)] + [step])
     trainer.state.save_to_json(str(partial / "trainer_state.json"))
     if trainer.curve and Path(trainer.curve).exists(): sync(trainer.curve), shutil.copyfile(trainer.curve, partial / "metrics.jsonl")
     ranks, world = range(trainer.args.world_size), trainer.args.world_size > 1
@@ -215,7 +214,7 @@ def finish(trainer, partial, place, step):
     shutil.rmtree(partial.parent, ignore_errors=True)
 
 
-def not_saved(trainer, why):
+def _not_saved(trainer, why):
     "Tell that a checkpoint could not be saved; stop if it is the second in a row"
     place, step = Path(trainer.args.output_dir), trainer.state.global_step
     if trainer.args.should_save: shutil.rmtree(place / "partial", ignore_errors=True)
@@ -225,8 +224,8 @@ def not_saved(trainer, why):
     if trainer.failed > 1 and not trainer.asked: raise UserError(Problem("disk", f"took no checkpoint twice in a row, at step {step} again: {why}; {have}", "Free some space and resume the run"))
     trainer.say(f"warning: step {step} was not saved: {why}; {have}. Training goes on; if the next save fails too, it stops")
 
-# %% ../nbs/08_resume.ipynb #df86d1d4
-def progress_at(trainer, path):
+# %% ../nbs/08_resume.ipynb #65ec4eaa
+def _progress_at(trainer, path):
     "The saved progress of this process, or None if another number of processes saved it"
     file = Path(path) / f"progress_{trainer.args.process_index}.json"
     return read_json(file) if file.exists() else None
@@ -237,7 +236,7 @@ def check_loaded(
     path,  # the checkpoint
 ):
     "Compare what is in memory with what was saved, and make the changes that the person allowed"
-    saved, rate = progress_at(trainer, path), trainer._get_learning_rate()
+    saved, rate = _progress_at(trainer, path), trainer._get_learning_rate()
     wrong = "the trained weights are not the ones that were saved" if saved and saved["weights"] != weights_print(trainer.model) else \
         f"the learning rate is {rate:.6g} and was {saved['learning_rate']:.6g}" if saved and abs(saved["learning_rate"] - rate) > 1e-9 * rate else ""
     if wrong: raise UserError(Problem(Path(path).name, f"was loaded, but {wrong}", "Move this folder away and resume from an older one; please report it"))
@@ -253,7 +252,7 @@ def put_back(
     trainer,  # a resumed trainer, before its first step
 ):
     "Give the trainer what it had counted and not yet logged, and return the saved progress"
-    saved = progress_at(trainer, trainer._from) or read_json(Path(trainer._from) / "progress_0.json")
+    saved = _progress_at(trainer, trainer._from) or read_json(Path(trainer._from) / "progress_0.json")
     trainer._tr_loss = torch.tensor(saved["tr_loss"], device=trainer.args.device)
     trainer._total_loss_scalar, trainer._globalstep_last_logged, trainer._total_train_tokens = saved["total_loss"], saved["last_logged"], saved["tokens"]
     trainer._metrics["train"].clear(), trainer._metrics["train"].update(saved["metrics"])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Log', 'build', 'learn', 'fit', 'save']
 
-# %% ../nbs/08a_train.ipynb #5654721a
-import json, math, time
+# %% ../nbs/08a_train.ipynb #f0ba1b54
+import errno, json, math, time
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig
 
 from .checkpoint import LEAST
-from .core import Progress, human_time
+from .core import Problem, Progress, UserError, human_time
 from .fingerprint import base_print
 from .guard import NonFinite, alarm, number
 from .recipe import CHANGES_BASE
@@ -104,7 +104,7 @@ def _start_from_data(trainer):
     initialize_lora_eva_weights(trainer.model, batches)
     torch.set_rng_state(state)
 
-# %% ../nbs/08a_train.ipynb #9deb1c43
+# %% ../nbs/08a_train.ipynb #6d7956e1
 def learn(
     trainer,  # from `build`
     recipe,  # the Recipe it was built from
@@ -124,6 +124,9 @@ def learn(
         if not trainer.is_deepspeed_enabled and trainer.state.global_step: trainer.rewind(), trainer._save_checkpoint(trainer.model_wrapped, None)
         say(f"the weights are as after step {trainer.state.global_step}; {_where(trainer)}")
         raise
+    except OSError as e:
+        if e.errno != errno.ENOSPC: raise
+        raise UserError(Problem("disk", f"is full: {Path(out).name} cannot be written any more; {_where(trainer)}", "Free some space first")) from None
     except KeyboardInterrupt:
         say(f"stopped {'after' if ear.stop else 'in the middle of'} step {trainer.state.global_step + (not ear.stop)}; {_where(trainer)}")
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}") from None

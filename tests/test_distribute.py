@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from conftest import chat_rows, ended, losses, make_tokenizer, saved_weights, start, train_here, write_rows
+from exact import curve
 from finetune_nb import launch
 from finetune_nb.checkpoint import damage
 from finetune_nb.core import UserError, read_json, write_atomic, write_json
@@ -159,8 +160,10 @@ def test_the_best_checkpoint_is_what_is_saved(two, one):
 
 def test_resumed_is_as_if_never_stopped(two):
     way, made = two
-    assert history(made["resumed"])[-2:] == pytest.approx(history(made["lora"])[-2:], rel=1e-5)
-    close(saved_weights(made["resumed"] / "adapter"), saved_weights(made["lora"] / "adapter"), 1e-5)
+    resumed, straight = saved_weights(made["resumed"] / "adapter"), saved_weights(made["lora"] / "adapter")
+    plain = lambda name: [{k: v for k, v in l.items() if k != "total_flos"} for l in curve(made[name])]  # transformers' count depends on which weights ZeRO-3 holds when it is asked
+    assert history(made["resumed"]) == history(made["lora"]) and plain("resumed") == plain("lora")
+    assert resumed.keys() == straight.keys() and all((resumed[k] == straight[k]).all() for k in straight), "not bit for bit"
 
 
 def test_the_adapter_is_an_ordinary_one(two, one, tiny_model):

@@ -62,27 +62,23 @@ def test_stops_before_the_step(what, fast, tiny_model, tiny_rows, tmp_path):
 
 @pytest.mark.parametrize("rows", ["plain", "packed"])
 def test_the_row_is_named(rows, tiny_model, tiny_rows, tmp_path):
-    "a token that only one row has, whose embedding is not a number"
+    "a batch that holds the tokens of one row has no finite loss"
     from finetune_nb import job
     from finetune_nb.mask import encode
-    from finetune_nb.models import load_tokenizer
     from finetune_nb.recipe import make
-    wanted, values = 3, SETTINGS | exact.ROWS[rows] | dict(max_steps=12, data=tiny_rows, model=tiny_model)
-    train_rows = job.rows(make("stock", **values))[0].rows
-    found_at = {}
+    chosen = job.rows(make("stock", **SETTINGS, data=tiny_rows, model=tiny_model))[0].rows[3]
+    text = lambda ids: " ".join(map(str, ids))
     def change(trainer):
-        ids = {r["row"]: set(encode(r, trainer.processing_class)["input_ids"]) for r in train_rows}
-        for r, own in ids.items():
-            only = own - set().union(*(o for q, o in ids.items() if q != r))
-            if only: found_at[r] = only.pop()
-        wanted = next(iter(found_at))
-        found_at["row"] = wanted
-        inner, token = trainer.compute_loss, found_at[wanted]
-        trainer.compute_loss = lambda model, inputs, *a, **k: (lambda hit, loss: loss * float("nan") if hit else loss)(bool((inputs["input_ids"] == token).any()), inner(model, inputs, *a, **k))
-    with pytest.raises(NonFinite) as e: exact.run({k: v for k, v in values.items() if k not in ("data", "model")}, tiny_model, tiny_rows, tmp_path, change=change)
+        inner, wanted = trainer.compute_loss, text(encode(chosen, trainer.processing_class)["input_ids"])
+        def poisoned(model, inputs, *a, **k):
+            hit = any(wanted in text(ids) for ids in inputs["input_ids"].tolist())
+            return inner(model, inputs, *a, **k) * (float("nan") if hit else 1.0)
+        trainer.compute_loss = poisoned
+    with pytest.raises(NonFinite) as e: exact.run(SETTINGS | exact.ROWS[rows] | dict(max_steps=12), tiny_model, tiny_rows, tmp_path, change=change)
     problem = e.value.problems[0]
-    assert f"{found_at['row']}" in problem.problem.partition("made of row")[2]
-    if rows == "plain": assert f"Look at row {found_at['row']}: it is not finite alone" in problem.fix
+    named = problem.problem.partition("made of row")[2].lstrip("s ").split(", ")
+    assert str(chosen["row"]) in named and "?" not in named and len(named) <= (2 if rows == "plain" else 6)
+    if rows == "plain": assert f"Look at row {chosen['row']}: it is not finite alone" in problem.fix
 
 
 def test_held_out_batches_are_counted(tiny_model, tiny_rows, tmp_path):
