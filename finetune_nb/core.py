@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HIDDEN', 'plain', 'shortened', 'escaped', 'Problem', 'UserError', 'stop_on_errors', 'nearest', 'require',
-           'write_atomic', 'write_json', 'read_json', 'inside', 'parameter_problems', 'redact', 'sha256_file',
-           'sha256_json', 'cache_dir', 'human_bytes', 'human_time', 'Progress', 'markdown_table']
+           'write_atomic', 'write_json', 'DamagedFile', 'read_json', 'inside', 'parameter_problems', 'redact',
+           'sha256_file', 'sha256_json', 'cache_dir', 'human_bytes', 'human_time', 'Progress', 'markdown_table']
 
 # %% ../nbs/00_core.ipynb #61ca4171
 import hashlib, html, importlib, json, keyword, os, re, sys, tempfile, time
@@ -123,7 +123,7 @@ def write_atomic(
         raise
     return path
 
-# %% ../nbs/00_core.ipynb #c78ae356
+# %% ../nbs/00_core.ipynb #275bac9c
 def write_json(
     path,  # where the file goes
     value,  # anything json knows; NaN is refused because JSON has none
@@ -132,11 +132,19 @@ def write_json(
     return write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+class DamagedFile(UserError, ValueError):
+    "A file that somebody or something has damaged: a person's problem, and a ValueError for code that can do without the file"
+
+
 def read_json(
     path,  # a JSON file
+    kind=None,  # dict or list, if the value must be one
 ):
-    "The value in a JSON file"
-    return json.loads(Path(path).read_text())
+    "The value in a JSON file, or a `DamagedFile`"
+    try: value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e: raise DamagedFile(Problem(str(path), f"is damaged: {shortened(str(e), 100)}", "Restore the file, or delete it with what belongs to it")) from None
+    if kind and not isinstance(value, kind): raise DamagedFile(Problem(str(path), f"is damaged: it should hold a {kind.__name__}", "Restore the file, or delete it with what belongs to it"))
+    return value
 
 # %% ../nbs/00_core.ipynb #574ef233
 def inside(

@@ -38,7 +38,7 @@ def embedded_file(
     if found and found[0].locate().is_file(): return Path(found[0].locate())
     raise UserError(Problem(name, f"is not installed (package {package})", f"Run: {install}"))
 
-# %% ../nbs/03_models.ipynb #c2c52999
+# %% ../nbs/03_models.ipynb #ef1e514c
 def find(
     model,  # hub id "owner/name", folder, .gguf file, or an embedded name
 ):
@@ -52,7 +52,7 @@ def find(
         lacking += [] if (path / "config.json").is_file() else ["config.json"]
         if not lacking: return Source(model, "folder", str(path))
         fix = "Give a .gguf file inside it by its full path" if list(path.glob("*.gguf")) else "Give a folder that holds config.json and safetensors weights (pickle weights are not loaded)"
-        raise UserError(Problem(model, f"is a folder without {' and '.join(lacking)}", fix))
+        raise UserError(Problem(str(model) or "model", f"is a folder without {' and '.join(lacking)}", fix))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith(".") and path.suffix != ".gguf": return Source(model, "hub", model)
     raise UserError(Problem("model", "is neither a folder, a .gguf file, a hub id (owner/name) nor an embedded model", nearest(model, EMBEDDED), model))
 

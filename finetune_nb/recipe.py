@@ -6,7 +6,7 @@
 __all__ = ['INITS', 'SCHEDULERS', 'DTYPES', 'OPTIMIZERS', 'FIELDS', 'LAPTOP', 'PRESETS', 'CHANGES_BASE', 'Recipe', 'fields',
            'make', 'names', 'problems', 'to_yaml', 'load', 'from_values', 'parameters_cell']
 
-# %% ../nbs/05_recipe.ipynb #357e54bc
+# %% ../nbs/05_recipe.ipynb #9737072d
 import re
 from collections import Counter
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .core import Problem, UserError, nearest
+from .core import Problem, UserError, nearest, shortened
 from .facts import table
 
 # %% ../nbs/05_recipe.ipynb #122d9d1c
@@ -139,7 +139,7 @@ def _fix(error, field):
     limits = [f"{w} {ctx[k]}" for k, w in dict(ge="at least", gt="above", le="at most", lt="below", min_length="of length at least").items() if k in ctx]
     return f"Give a value {' and '.join(limits)}; the default is {field.default!r}" if limits else f"Give a value of type {field.annotation.__name__}; the default is {field.default!r}"
 
-# %% ../nbs/05_recipe.ipynb #69965ada
+# %% ../nbs/05_recipe.ipynb #30c698f0
 def make(
     preset="stock",  # "stock", "laptop", "quality" or "fast"
     /,
@@ -147,7 +147,8 @@ def make(
 ):
     "A checked `Recipe`, or a `UserError` with every problem of every setting"
     preset = values.pop("preset", preset)
-    problems = [Problem(k[:100], "is not a setting", nearest(k[:100], FIELDS)) for k in values if k not in FIELDS]
+    unknown = [shortened(k, 100) or "(no name)" for k in values if k not in FIELDS]
+    problems = [Problem(k, "is not a setting", nearest(k, FIELDS)) for k in unknown[:20]] + ([Problem("recipe", f"has {len(unknown) - 20} more such names", "Give a recipe file")] if len(unknown) > 20 else [])
     if not (isinstance(preset, str) and preset in PRESETS):
         problems.append(Problem("preset", "does not exist", nearest(str(preset)[:100], PRESETS), preset))
         preset = "stock"
@@ -285,7 +286,7 @@ def from_values(
     preset = values.pop("preset", "")
     return make(preset, **values) if preset else make("stock", **({"tracker": FIELDS["tracker"].default} | values))
 
-# %% ../nbs/05_recipe.ipynb #7c2d362f
+# %% ../nbs/05_recipe.ipynb #d1419edc
 def parameters_cell():
     "Source of the papermill parameters cell: every setting, unset, with its help"
     head = ['preset: str = "laptop"  # start from: stock, laptop, quality, fast',

@@ -87,7 +87,7 @@ def build(
         raise UserError(Problem(str(folder / "notebook.ipynb"), f"is no readable notebook: {type(e).__name__}: {str(e)[:100]}", "Do the run again")) from None
     return write_atomic(folder / "report.html", harmless(page))
 
-# %% ../nbs/14a_report.ipynb #3af819e7
+# %% ../nbs/14a_report.ipynb #1934c9d4
 def text(
     folder,  # a finished run folder
     width=100,  # columns of the terminal
@@ -96,6 +96,7 @@ def text(
     folder = Path(folder)
     if not (folder / "comparison.json").exists(): return f"report: {folder / 'report.html'}"
     try: return plain("\n".join([*_lines(read_json(folder / "comparison.json"), width), "", f"report: {folder / 'report.html'}"]))
+    except UserError: raise
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
         raise UserError(Problem(str(folder / "comparison.json"), f"is damaged: {type(e).__name__}: {str(e)[:80]}", "Do the run again")) from None
 

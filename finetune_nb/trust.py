@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .core import Problem, UserError, read_json
 
-# %% ../nbs/02a_trust.ipynb #d35942bf
+# %% ../nbs/02a_trust.ipynb #7c1a9d2d
 LARGEST = 16 << 20  # bytes of a settings file; the largest config.json of the models we know is below 100 KB
 
 
@@ -25,11 +25,10 @@ def settings_of(
     path = Path(path)
     try:
         if path.stat().st_size > LARGEST: raise UserError(Problem(path.name, "is larger than 16 MiB and surely no settings", "Get the model's files again"))
-        found = read_json(path)
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(Problem(path.name, f"cannot be read: {type(e).__name__}: {str(e)[:100]}", "Get the model's files again")) from None
-    if not isinstance(found, dict): raise UserError(Problem(path.name, "holds no settings", "Get the model's files again"))
-    return found
+        return read_json(path, dict)
+    except (OSError, ValueError) as e:
+        said = e.problems[0].problem if isinstance(e, UserError) else f"cannot be read: {e.strerror or e}"
+        raise UserError(Problem(path.name, said, "Get the model's files again")) from None
 
 # %% ../nbs/02a_trust.ipynb #510a960f
 RUNS_CODE = ("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate", "auto_mapping", "use_kernels", "kernel_config", "kernels", "hub_kernels", "custom_code")

@@ -204,7 +204,7 @@ def test_template_stays_in_its_sandbox(attack, canary):
     assert found.problems or not re.search(r"class|builtin|object at|root:", found.text.partition("<|im_start|>")[0]), found.text[:200]
 
 
-@pytest.mark.parametrize("attack, said", [("{{ 'a' * 3000000000 }}", "more than 512 MB"), ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 2 s"), ("{{ 10 ** 10 ** 9 }}", "more than"),
+@pytest.mark.parametrize("attack, said", [("{{ 'a' * 3000000000 }}", "more than 512 MB"), ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 2 s"), ("{{ 10 ** 999999999 }}", "more than"),
                                           ("{{ '%03000000000d' % 1 }}", "more than"), ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested"), ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "rendered"), ("{{ 'ab' * 200000 }}", "characters")])
 def test_template_is_bounded(attack, said): assert said in str(template.examine(attack + CHATML)), template.examine(attack + CHATML)
 
