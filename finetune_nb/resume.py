@@ -106,7 +106,7 @@ class Kept:
 
     def _save_checkpoint(self, model, trial): save_checkpoint(self, super()._save_checkpoint, model, trial)
 
-# %% ../nbs/08_resume.ipynb #7e38539f
+# %% ../nbs/08_resume.ipynb #7598816f
 @contextmanager
 def _same_types(model):
     "Loading inside the block leaves every trained weight in the number format it had"
@@ -115,7 +115,7 @@ def _same_types(model):
     for n, p in model.named_parameters():
         if n in types and p.dtype != types[n]: p.data = p.data.to(types[n])
 
-
+# %% ../nbs/08_resume.ipynb #ad83b47f
 class Resumable(Kept):
     "Exact resume from checkpoints that verify; put before `Guard` and SFTTrainer in a class's bases"
     _from, _back = None, False  # the checkpoint gone on from; are the counters back
@@ -155,7 +155,7 @@ class Resumable(Kept):
         else:
             with _same_types(self.model): super()._load_best_model()
 
-# %% ../nbs/08_resume.ipynb #8526e69e
+# %% ../nbs/08_resume.ipynb #f1cbaa9b
 def _progress_of(trainer):
     "What transformers' own files leave out, of this process"
     return dict(tr_loss=float(trainer._tr_loss), total_loss=trainer._total_loss_scalar, last_logged=trainer._globalstep_last_logged, tokens=trainer._total_train_tokens, metrics=dict(trainer._metrics["train"]),
@@ -168,7 +168,7 @@ def _set_best(trainer, steps):
     trainer.state.best_model_checkpoint = None if best is None else str(Path(trainer.args.output_dir) / f"checkpoint-{best}")
     return best
 
-
+# %% ../nbs/08_resume.ipynb #634cb442
 def save_checkpoint(
     trainer,  # a trainer with `Resumable`
     write,  # transformers' own `_save_checkpoint`

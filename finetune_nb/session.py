@@ -74,7 +74,7 @@ def _chosen(out, resume, override, say):
     else: curve.unlink(missing_ok=True)
     return path and str(path)
 
-# %% ../nbs/08_session.ipynb #5c9ef525
+# %% ../nbs/08_session.ipynb #bafdc4ea
 class Stopped(KeyboardInterrupt):
     "Training stopped after a step because it was asked to"
 
@@ -100,7 +100,7 @@ def listening(
     finally:
         for n, handler in before.items(): signal.signal(n, handler)
 
-
+# %% ../nbs/08_session.ipynb #6b3d6b23
 class Ear(TrainerCallback):
     "Stops training after a step, with a checkpoint, once it is asked to"
     def __init__(self,
