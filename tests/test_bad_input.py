@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from conftest import CHATML, chat_rows
+from conftest import CHATML, COMMAND, chat_rows, ended, start
 from finetune_nb import cli, report, runs, trust
 from finetune_nb.core import UserError, read_json, write_json
 from finetune_nb.data import read
@@ -237,7 +237,7 @@ def test_report_of_a_damaged_run(tmp_path, run_folder, name):
 
 
 # nbs/14_runs reads these without asking whether they hold a dict, or text at all
-OPEN = {"list run.json", "null run.json", "list metrics.json", "null metrics.json", "deep metrics.json", "binary environment.txt"}
+OPEN = {"list run.json", "null run.json", "list metrics.json", "null metrics.json", "binary environment.txt"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xfail(reason="14_runs does not tell this yet")) if n in OPEN else n for n in RUNS])
@@ -250,6 +250,30 @@ def test_command_line_on_a_damaged_run(tmp_path, run_folder, name, capsys):
         out = capsys.readouterr()
         assert code in (0, 2) and "Traceback" not in out.err, f"{argv[0]}: {out.err[-600:]}"
         json.loads(out.out)
+
+
+def test_the_command_itself(tmp_path, model_with_code, run_folder):
+    "The same as a person meets it: a process of its own, exit code 2, a sentence and no traceback"
+    (tmp_path / "bomb.yaml").write_text("a: &a [1]\nb: *a\n")
+    (tmp_path / "rows.jsonl").write_bytes(b"\0" * 100)
+    broken = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    (broken / "run.json").write_bytes(b"\0" * 100)
+    before = files(tmp_path)
+    for argv in (["run", "bomb.yaml"], ["run", "-p", "name", "../up"], ["run", "-p", "path", "x"], ["run", "-p", "data", "rows.jsonl"], ["compare", "run", "run"], ["targets", str(model_with_code)]):
+        code, out, err = ended(start(*COMMAND, *argv, "--json", cwd=tmp_path))
+        assert code == 2 and "Traceback" not in err, f"{argv}: {code} {err[-500:]}"
+        assert json.loads(out)["error"]
+        now = {p: d for p, d in files(tmp_path).items() if p.parts[0] != "runs"}
+        assert now == before, f"{argv} wrote {now.keys() - before.keys()}"
+    assert {read_json(f)["status"] for f in tmp_path.glob("runs/*/run.json")} == {"failed"}, "the record of a run that could not begin says so"
+
+
+@pytest.fixture
+def model_with_code(tmp_path_factory, tiny_model):
+    folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("evil") / "model"))
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    settings_with(model_type="nobody-knows", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})(folder)
+    return folder
 
 
 def test_corpus_is_large():
