@@ -114,26 +114,30 @@ def _bars(metrics, sides):
     axes.legend(frameon=False)
     return figure
 
-# %% ../nbs/09a_compare_scores.ipynb #159482ee
+# %% ../nbs/09a_compare_scores.ipynb #a67a8acd
 @dataclass
-class Comparison:
-    "Two `Scores` of the same rows, and what can be said about the change"
+class _Pair:
+    "Two sets of scores of the same rows"
     before: Scores  # of the model as it was
     after: Scores  # of the model as it is now
 
     def __post_init__(self): _check_same(self.before, self.after)
-
-    @cached_property
-    def changes(self):
-        "{metric: {value, low, high, p, n}}, after minus before, for what both sides have"
-        return _changes(list(zip(self.before.rows, self.after.rows)))
 
     def without(self,
         positions,  # of rows to leave out, such as those that were trained on
     ):
         "The comparison of the other rows"
         out = set(positions)
-        return Comparison(*(Scores([r for i, r in enumerate(s.rows) if i not in out], s.label_field) for s in (self.before, self.after)))
+        return type(self)(*(Scores([r for i, r in enumerate(s.rows) if i not in out], s.label_field) for s in (self.before, self.after)))
+
+# %% ../nbs/09a_compare_scores.ipynb #27260e3d
+@dataclass
+class Comparison(_Pair):
+    "Two `Scores` of the same rows, and what can be said about the change"
+    @cached_property
+    def changes(self):
+        "{metric: {value, low, high, p, n}}, after minus before, for what both sides have"
+        return _changes(list(zip(self.before.rows, self.after.rows)))
 
     def table(self):
         "One dict for each metric: metric, before, after, change and p, as text"

@@ -168,7 +168,7 @@ def test_papermill_refuses_a_misspelt_parameter(whole):
 def test_the_parameters_are_those_of_the_recipe():
     cell, = [c for c in read_json(ROOT / "nbs" / "pipelines" / "finetune.ipynb")["cells"] if "parameters" in c["metadata"].get("tags", [])]
     assert "".join(cell["source"]) == parameters_cell()
-    assert [l.split(":")[0] for l in parameters_cell().splitlines()] == ["preset", "recipe", "run", *FIELDS]
+    assert [l.split(":")[0] for l in parameters_cell().splitlines()] == ["preset", "recipe", "run", "resume", "override", *FIELDS]
 
 
 # ---- the report
@@ -214,3 +214,12 @@ def test_two_processes_train_one_adapter(folder, values):
     run = place / answer["run"]
     assert answer["metrics"]["steps"] == 2 and [f.name for f in (run / "adapter").glob("*.safetensors")] == ["adapter_model.safetensors"]
     assert "2 processes" in (run / "log.txt").read_text() and load(run / "recipe.yaml").processes == 2
+
+
+def test_rows_that_were_trained_on_are_told(tmp_path):
+    from finetune_nb import job
+    from finetune_nb.recipe import make
+    rows = [dict(prompt=f"how many {n} does the {a} shop in {b} sell", completion=str(i)) for i, (n, a, b) in enumerate((n, a, b) for n in ("pears", "nails", "books") for a in ("green", "old") for b in ("Rome", "Oslo"))]
+    held = [dict(prompt="Where has the postman gone to with our long letter", completion="home"), rows[3] | dict(prompt=rows[3]["prompt"].upper() + "?")]
+    train, found = job.rows(make("laptop", data=str(write_rows(tmp_path / "train.jsonl", rows)), eval_data=str(write_rows(tmp_path / "eval.jsonl", held))))
+    assert found.leaked == [1] and "1 of 2 rows that were trained on" in str(found.problems[0]) and not train.leaked
