@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune_nb.answers import QUESTIONS
 from finetune_nb.cli import parser
 from finetune_nb.recipe import FIELDS, load
 from finetune_nb.runs import OWN
@@ -32,7 +33,7 @@ def test_made_from_the_home_page():
 @pytest.mark.parametrize("command", OURS, ids=" ".join)
 def test_commands_parse(command):
     args = parser().parse_args(command)
-    assert {name for name, _ in getattr(args, "p", [])} <= FIELDS.keys()
+    assert {name for name, _ in getattr(args, "p", [])} <= (QUESTIONS if args.verb == "decide" else FIELDS).keys()
 
 
 def test_every_verb_is_shown():
