@@ -108,7 +108,7 @@ def test_own_files_hold_no_pickles():
 
 # ---- settings of a model
 
-EVIL = "from pathlib import Path\nPath({!r}).write_text('fired')\nfrom transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+EVIL = "from pathlib import Path\nPath({!r}).write_text('fired')\nfrom transformers import LlamaConfig, LlamaForCausalLM\nclass Config(LlamaConfig): pass\nclass Model(LlamaForCausalLM): config_class = Config\n"
 CODE = {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, "_attn_implementation_internal": "someone/kernel", "attn_implementation": "someone/kernel@main", "trust_remote_code": True,
         "_experts_implementation_internal": "someone/kernel", "custom_pipelines": {"x": {"impl": "evil.P"}}, "quantization_config": {"quant_method": "evil", "auto_map": {"x": "evil.Q"}}, "use_kernels": True, "text_config": {"auto_map": {"AutoConfig": "evil.Config"}}}
 
@@ -386,10 +386,10 @@ def test_widgets_in_a_browser(tmp_path, host):
     from finetune_nb.data_report import DataReport, page
     from finetune_nb.mask import Mask
     address, asked = host
-    raw = [m.replace("HOST", address) for m in MARKUP] + ["5 MB: " + "<b>" * 1_700_000]
-    rows = [dict(row=i, problem=t, fix=t, level="error") for i, t in enumerate(raw[:-1])]
-    data = DataReport(name=raw[0], sha256=raw[1], shape=raw[2], model=raw[3], rows=1, unique=1, effective=1, problems=rows, notes=raw[:-1], personal={raw[1]: 1}, languages={raw[1]: 1.0}, shown=[dict(row=raw[1], runs=[(t, "trained", 1) for t in raw], cut=False)])
-    parts = [Mask([(t, "trained", 1) for t in raw], False)._repr_html_(), escaped("\n".join(raw[:-1]))]
+    raw = [m.replace("HOST", address) for m in MARKUP]
+    rows = [dict(row=i, problem=t, fix=t, level="error") for i, t in enumerate(raw)]
+    data = DataReport(name=raw[0], sha256=raw[1], shape=raw[2], model=raw[3], rows=1, unique=1, effective=1, problems=rows, notes=raw, personal={raw[1]: 1}, languages={raw[1]: 1.0}, shown=[dict(row=raw[1], runs=[(t, "trained", 1) for t in raw], cut=False)])
+    parts = [Mask([(t, "trained", 1) for t in [*raw, "<b>5 MB</b>" + "x" * 5_000_000]], False)._repr_html_(), escaped("\n".join(raw))]
     dom = opened(page(data).replace("<head>", f"<head>{FIRED}", 1).replace("</body>", "".join(parts) + "</body>"), tmp_path)
     assert "function fired" in dom and not marks(dom) and not asked, (marks(dom), asked)
     assert dom.count("&lt;img src=x onerror=") >= 3
