@@ -135,7 +135,7 @@ def checked(
     stop_on_errors(problems)
     return model, commit
 
-# %% ../nbs/03_models.ipynb #f6afa702
+# %% ../nbs/03_models.ipynb #7c823c3a
 def load_tokenizer(
     model,  # as in `find`
     revision="",  # of a hub model
@@ -152,7 +152,7 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-
+# %% ../nbs/03_models.ipynb #d9974ab8
 def load_model(
     model,  # as in `find`
     dtype="float32",  # "float32", "bfloat16" or "float16"
@@ -174,7 +174,7 @@ def load_model(
         if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
     return loaded
 
-
+# %% ../nbs/03_models.ipynb #ab0ff173
 def load_adapter(
     base,  # the loaded base model
     folder,  # an adapter's folder
