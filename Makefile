@@ -6,12 +6,13 @@ PYTHON ?= python3
 INSTALLED := $(VENV)/.finetune_nb-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test
+.PHONY: help install demo test torture
 
 help:
 	@echo "make install   make the virtual environment $(VENV) with everything pinned (once)"
 	@echo "make demo      fine-tune the embedded model on the home task, on the CPU, and show what it gained"
 	@echo "make test      run every notebook, then the tests"
+	@echo "make torture   kill, damage and fill up: the long tests of checkpoints and resume (an hour or more)"
 
 install: $(INSTALLED)
 
@@ -26,3 +27,6 @@ demo: install
 test: install
 	$(VENV)/bin/nbdev-test --n-workers 2
 	$(VENV)/bin/python -m pytest -q tests
+
+torture: install
+	$(VENV)/bin/python bench/torture.py --matrix 0 --kills 100 --harm --disk --out bench/results/$$(date +%F)-torture.json

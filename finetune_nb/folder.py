@@ -7,7 +7,7 @@ __all__ = ['OWN', 'injected', 'from_notebook', 'new_folder', 'commit', 'now', 'n
            'status']
 
 # %% ../nbs/14_folder.ipynb #fa9501d6
-import ast, os, platform, socket, subprocess
+import ast, math, os, platform, socket, subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -105,8 +105,9 @@ def finish(
     metrics,  # every number a rerun must reproduce; no times in it
     **facts,  # what else run.json should say, e.g. seconds
 ):
-    "Write the final metrics, then status `done`: in this order, so that `done` is never a promise"
-    write_json(Path(folder) / "metrics.json", metrics)
+    "Write the final metrics, then status `done`: in this order, so that `done` is never a promise; what is not finite becomes null"
+    finite = lambda v: {k: finite(x) for k, x in v.items()} if isinstance(v, dict) else [finite(x) for x in v] if isinstance(v, (list, tuple)) else None if isinstance(v, float) and not math.isfinite(v) else v
+    write_json(Path(folder) / "metrics.json", finite(metrics))
     note(folder, status="done", ended=now(), **facts)
 
 # %% ../nbs/14_folder.ipynb #125f37bf

@@ -89,7 +89,7 @@ def elsewhere(
     checkpoint = own + int(count * state_bytes(u.optimizer, BYTES[u.base_dtype if full else u.adapter_dtype])) + TOKENIZER
     loading = 2 * largest * 4 if u.quantization != "none" else shapes.total * BYTES[u.base_dtype]
     ram = dict(load=start + loading, forward=start + s.ram, backward=start + s.ram, step=start + s.ram, evaluation=start + s.ram, save=start + s.ram + min(own, SHARD), merge=start + half + 4 * largest, gguf=2**30 + 6 * largest)
-    disk = dict(load=half, forward=0, backward=0, step=0, evaluation=0, save=(u.keep + 1) * checkpoint + own + TOKENIZER, merge=0 if full else half, gguf=half + int(Q4 * shapes.total))
+    disk = dict(load=half, forward=0, backward=0, step=0, evaluation=0, save=(max(2, u.keep) + 1) * checkpoint + own + TOKENIZER, merge=0 if full else half, gguf=half + int(Q4 * shapes.total))
     return ram, disk
 
 # %% ../nbs/06_memory.ipynb #6b1a6c38

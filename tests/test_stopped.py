@@ -79,3 +79,12 @@ def test_other_rows_are_refused(values, tmp_path):
     own.write_text("".join(own.read_text().splitlines(True)[:-2]))
     code, out, err = ended(start(*COMMAND, "resume", folder, "--json", cwd=tmp_path))
     assert code == 2 and "Traceback" not in err and "rows" in err.lower() and runs.status(folder) == "failed"
+
+
+def test_stop_asks_from_another_process(values, tmp_path):
+    process = go(values, tmp_path)
+    folder = wait_for(process, tmp_path, 5)
+    code, out, err = ended(start(*COMMAND, "stop", folder, "--json", cwd=tmp_path))
+    assert code == 0 and json.loads(out)["run"] == str(folder), err
+    code, out, err = ended(process)
+    assert code == 130 and runs.status(folder) == "stopped" and list((folder / "checkpoints").glob("checkpoint-*"))
