@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from conftest import CHATML, chat_rows, save_model
-from finetune_nb import report, template, trust
+from finetune_nb import report, runs, template, trust
 from finetune_nb.core import UserError, escaped, inside, markdown_table, parameter_problems, plain, read_json, redact, write_json
 from finetune_nb.models import checked, find, load_adapter, load_model, load_tokenizer
 from finetune_nb.recipe import load, make
@@ -305,6 +305,34 @@ def test_parameter_names_are_checked(name): assert parameter_problems([name], ["
 def test_parameter_values_are_data(value, canary):
     value = json.loads(json.dumps(value).replace("X", str(canary)))
     assert cell(text=value)["text"] == value
+
+
+# ---- a run folder from somebody else
+
+@pytest.mark.xfail(reason="14_runs takes the pipeline's name from run.json as it is")
+def test_pipeline_of_a_strange_run(tmp_path):
+    "run.json names the notebook that is executed: it may not name one outside the package"
+    nbformat.write(nbformat.v4.new_notebook(), tmp_path / "evil.ipynb")
+    refuses(lambda: runs.pipeline(os.path.relpath(tmp_path / "evil", runs.pipeline().parent)), "evil")
+
+
+@pytest.mark.xfail(reason="14_runs takes trust_remote_code from the run's recipe as it is")
+def test_strange_run_with_code_of_its_own(tmp_path, model, monkeypatch):
+    "Doing a run again that somebody sent must not give its model the trust that its recipe claims"
+    monkeypatch.setattr(runs, "run", lambda *a, **k: pytest.fail("it would run"))
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "recipe.yaml").write_text(f"model: {model}\ntrust_remote_code: true\n")
+    write_json(tmp_path / "r" / "run.json", {"status": "done"}), write_json(tmp_path / "r" / "metrics.json", {})
+    refuses(lambda: runs.rerun(tmp_path / "r"), "trust_remote_code")
+
+
+def test_parameters_of_a_strange_run(tmp_path, tiny_model, tiny_rows, canary, monkeypatch):
+    "Names in run.json become code in the notebook"
+    monkeypatch.setattr(runs, "execute", lambda *a, **k: canary.write_text("would run"))
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "recipe.yaml").write_text(f"model: {tiny_model}\ndata: {tiny_rows}\ndtype: float32\n")
+    write_json(tmp_path / "r" / "run.json", {"status": "done", "parameters": {"x=1\nimport os\ny": 1}}), write_json(tmp_path / "r" / "metrics.json", {})
+    refuses(lambda: runs.rerun(tmp_path / "r"), "parameter")
 
 
 # ---- what is shown: terminal, tables, pages
