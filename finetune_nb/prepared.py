@@ -16,7 +16,7 @@ from .duplicates import leaked_rows, sizes
 from .mask import encode_all
 from .measured import Prices
 from .metrics import metric, reference, suggest
-from .models import identity, load_tokenizer, local
+from .models import checked, identity, load_tokenizer
 from .retrieve import bm25, dense, documents, fused, recall
 
 # %% ../nbs/10d_prepared.ipynb #91707da2
@@ -150,7 +150,8 @@ def _metrics(plan, recipe, rows, endpoint):
 
 def _room(recipe, tokenizer, plan, longest):
     from transformers import AutoConfig
-    config = AutoConfig.from_pretrained(local(recipe.model), trust_remote_code=recipe.trust_remote_code).get_text_config()
+    place, commit = checked(recipe.model, recipe.revision, recipe.trust_remote_code)
+    config = AutoConfig.from_pretrained(place, revision=commit, trust_remote_code=recipe.trust_remote_code).get_text_config()
     context = getattr(config, "max_position_embeddings", None) or plan.room + longest
     return min(plan.room, context - longest)
 

