@@ -10,7 +10,7 @@ import argparse, json, sys, traceback
 from pathlib import Path
 
 from . import __version__, runs
-from .core import Problem, UserError, human_time, markdown_table, read_json
+from .core import Problem, UserError, human_time, markdown_table, parameter_problems, read_json, stop_on_errors
 from .facts import TABLES
 from .recipe import FIELDS, PRESETS
 from .verbs import _say, data, decide, facts, parallel, plan, read_value, recipe_of, targets
@@ -76,13 +76,15 @@ def _typed(name, text):
 def bakeoff(args):
     "Prompt, examples, retrieval, LoRA, or LoRA with retrieval, on the same held-out rows: {run, verdict, arms, pairs, report, …}"
     from finetune_nb import home, report
-    from finetune_nb.bakeoff import OPTIONS
+    from finetune_nb.bakeoff import OPTIONS, options
+    stop_on_errors(parameter_problems([k for k, _ in args.p], [*OPTIONS, *FIELDS]))
     given = {k: _typed(k, v) for k, v in args.p if k in OPTIONS} | {k: v for k, v in dict(documents=args.documents, arms=args.arms, budget_minutes=args.budget).items() if v}
     args.p = [[k, v] for k, v in args.p if k not in OPTIONS]
     if args.demo:
         files = home.house_files(Path(args.out) / "house")
         args.p = [["data", files["data"]], ["eval_data", files["eval_data"]], ["max_eval_rows", "60"], ["rehearse", "false"], *args.p]
         given = dict(documents=files["documents"], instructions=files["instructions"], passage_words=20, overlap_words=5, shots=4, timed=4, curve=False) | given
+    options(given)  # what is wrong with them is told before a kernel starts
     folder = runs.run(recipe_of(args), args.out, _say, name="bakeoff", folder=args.run, **given)
     page, found = report.build(folder), read_json(folder / "bakeoff.json")
     score = lambda a: a["status"] if a["score"] is None else f"{100 * a['score']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
@@ -173,5 +175,6 @@ def main(
         if as_json: print(json.dumps({"error": f"{type(e).__name__}: {e}"}, ensure_ascii=False))
         _say(f"finetune-nb {verb} failed. {e if isinstance(e, runs.RunFailed) else traceback.format_exc()}")
         return 1
-    print(json.dumps(answer, ensure_ascii=False, default=str) if as_json else shown)
+    try: print(json.dumps(answer, ensure_ascii=False, default=str) if as_json else shown, flush=True)
+    except BrokenPipeError: sys.stdout = None  # whoever read has seen enough
     return 2 if answer.get("stops") else 0

@@ -36,7 +36,7 @@ class Plan:
     room: int = 2048  # most tokens of a prompt; the model's context sets a limit too
     curve: bool = True  # train on 25 and 50 % of the rows as well, if time is left
     budget_minutes: float = 0  # arms that would take longer are left out and named; 0 sets no limit
-    matters: float = 0.05  # the smallest difference worth having, 0.05 = 5 points of 100
+    matters: float = 0.05  # the smallest difference worth having; 0.05 is 5 points of 100
     volume: float = 10_000  # requests a month, for the cost
     timed: int = 8  # rows asked one by one to measure how long one request takes
 
