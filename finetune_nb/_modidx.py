@@ -228,6 +228,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'finetune_nb.data.fingerprint': ('data.html#fingerprint', 'finetune_nb/data.py'),
                                   'finetune_nb.data.messages_of': ('data.html#messages_of', 'finetune_nb/data.py'),
                                   'finetune_nb.data.messages_text': ('data.html#messages_text', 'finetune_nb/data.py'),
+                                  'finetune_nb.data.moment': ('data.html#moment', 'finetune_nb/data.py'),
                                   'finetune_nb.data.normalise': ('data.html#normalise', 'finetune_nb/data.py'),
                                   'finetune_nb.data.order_problem': ('data.html#order_problem', 'finetune_nb/data.py'),
                                   'finetune_nb.data.origin': ('data.html#origin', 'finetune_nb/data.py'),

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'PLAIN', 'ROLES', 'TOOL_ROLES', 'Data', 'fingerprint', 'shape_of', 'text_problem', 'unpack', 'messages_of',
-           'conversation', 'order_problem', 'with_system', 'origin', 'normalise', 'capped', 'told', 'read', 'save',
-           'messages_text', 'prompt_key', 'prompt_words', 'clusters', 'split']
+           'conversation', 'order_problem', 'with_system', 'moment', 'origin', 'normalise', 'capped', 'told', 'read',
+           'save', 'messages_text', 'prompt_key', 'prompt_words', 'clusters', 'split']
 
-# %% ../nbs/04_data.ipynb #80ad4174
+# %% ../nbs/04_data.ipynb #4067ef5d
 import json, random, re
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from difflib import SequenceMatcher
 from itertools import chain, islice
 from pathlib import Path
@@ -18,12 +19,12 @@ from .core import Problem, UserError, markdown_table, nearest, sha256_json, writ
 from .similar import alike, words
 from .sources import open_source
 
-# %% ../nbs/04_data.ipynb #60738ec9
+# %% ../nbs/04_data.ipynb #66cf3b6b
 @dataclass
 class Data:
     "Rows in the one form that every later step reads, and what was found and decided on the way"
     name: str  # the source, as shown to people
-    rows: list  # {"prompt": messages, "completion": [message], "row": n} or {"text": str, "row": n}; maybe "group"
+    rows: list  # {"prompt": messages, "completion": [message], "row": n} or {"text": str, "row": n}; maybe "group" and "time"
     shape: str  # how the source was written, a key of `SHAPES`
     sha256: str  # fingerprint of `rows`
     problems: list = field(default_factory=list)  # list of Problem, all of them warnings
@@ -134,7 +135,7 @@ def order_problem(messages, place):
         if m["role"] != want:
             return Problem(f"{place}, message {i + 1 + start}", f"has the role {m['role']!r} where {want!r} is due", "Begin with user (a system message may stand before), then let assistant and user alternate; join neighbours of one role")
 
-# %% ../nbs/04_data.ipynb #d27850a2
+# %% ../nbs/04_data.ipynb #d94c2074
 def with_system(messages, own, system, seen):
     "Messages that start with their own system message, else the row's `own`, else the common one"
     if messages[0] == {"role": "system", "content": ""}: messages = messages[1:]
@@ -145,19 +146,28 @@ def with_system(messages, own, system, seen):
     return messages
 
 
+def moment(row):
+    "(column, time in UTC as ISO 8601) of a row that says when it was written; None if none can be read"
+    for column, value in ((c, row.get(c)) for c in ("time", "timestamp", "date")):
+        try: at = datetime.fromtimestamp(value, timezone.utc) if type(value) in (int, float) else datetime.fromisoformat(str(value).strip().replace("Z", "+00:00"))
+        except (ValueError, OverflowError, OSError): continue
+        return column, (at if at.tzinfo else at.replace(tzinfo=timezone.utc)).astimezone(timezone.utc).isoformat()
+
+
 def origin(row, place, n):
-    "The number and the group of a source row; a row that `save` wrote keeps the number of its first source"
-    saved = type(row.get("row")) is int and set(row) <= {"prompt", "completion", "text", "row", "group"}
+    "The number, the group and the time of a source row; a row that `save` wrote keeps the number of its first source"
+    saved = type(row.get("row")) is int and set(row) <= {"prompt", "completion", "text", "row", "group", "time"}
     group = next((str(row[c]) for c in ("group", "template") if row.get(c) not in (None, "")), "")
     if group and (p := text_problem(group, f"{place}, group")): raise UserError(p)
-    return {"row": row["row"] if saved else n, **({"group": group} if group else {})}
+    at = moment(row)
+    return {"row": row["row"] if saved else n, **({"group": group} if group else {}), **({"time": at[1]} if at else {})}
 
-# %% ../nbs/04_data.ipynb #dc340055
+# %% ../nbs/04_data.ipynb #4d819f95
 def normalise(row, shape, place, n, system, seen):
     "The normalised rows of one source row; a `UserError` if it cannot be used"
     if isinstance(row, Problem): raise UserError(row)
     if not isinstance(row, dict): raise UserError(Problem(place, "is not an object", 'Write {"prompt": "...", "completion": "..."}'))
-    used = {*SHAPES[shape], "row", "group", "template", "system", *(("input", "context") if "instruction" in SHAPES[shape] else ())}
+    used = {*SHAPES[shape], "row", "group", "template", "system", *(moment(row) or ())[:1], *(("input", "context") if "instruction" in SHAPES[shape] else ())}
     if more := set(row) - used: seen.update(("ignored", c) for c in more)
     base = origin(row, place, n)
     if shape == "text":
@@ -272,7 +282,7 @@ def clusters(
     for i, r in enumerate(rows): found.setdefault(top(("row", r["row"])), []).append(i)
     return list(found.values())
 
-# %% ../nbs/04_data.ipynb #b14fd395
+# %% ../nbs/04_data.ipynb #20f60965
 def split(
     data,  # a Data
     fraction,  # share of the rows to evaluate on, between 0 and 1
@@ -282,10 +292,10 @@ def split(
     "(training part, evaluation part) of a Data, with no prompt, group or conversation on both sides"
     if not 0 < fraction < 1: raise UserError(Problem("fraction", "must lie between 0 and 1", "Set it to 0.1", fraction))
     target = min(max(1, round(fraction * len(data))), max_eval_rows or len(data), len(data) - 1)
-    grouped, problems = any("group" in r for r in data.rows), list(data.problems)
+    grouped, timed, problems = any("group" in r for r in data.rows), all("time" in r for r in data.rows), list(data.problems)
     for near in [()] if grouped else [alike([prompt_words(r) for r in data.rows]), ()]:
         found, held = clusters(data.rows, near), set()
-        for cluster in random.Random(seed).sample(found, len(found)):
+        for cluster in sorted(found, key=lambda c: max(data.rows[i]["time"] for i in c), reverse=True) if timed else random.Random(seed).sample(found, len(found)):
             if len(held) + len(cluster) <= target: held.update(cluster)
         if held: break
         if len(near): problems.append(Problem(data.name, "has so many nearly equal prompts that some are on both sides; scores will look better than they are", "Give rows a group each, or an evaluation file of its own", level="warning"))
@@ -293,6 +303,6 @@ def split(
         size = f"the smallest set of rows that must stay together has {min(map(len, found))}" if found else "there are none"
         raise UserError(Problem(data.name, f"cannot be split: of its {len(data)} rows at most {max(target, 0)} may be evaluated on, and {size}", "Give an evaluation file of its own, a larger fraction, or rows with more different prompts and groups"))
     tie = "group" if grouped else "near-equal prompt" if len(near) else "prompt"
-    note = f"Split by {tie} with seed {seed}: {len(data) - len(held)} rows to train on, {len(held)} to evaluate on"
+    note = f"Split by {tie}{', the newest to evaluate on' if timed else f' with seed {seed}'}: {len(data) - len(held)} rows to train on, {len(held)} to evaluate on"
     parts = [[r for i, r in enumerate(data.rows) if (i in held) == side] for side in (False, True)]
     return tuple(replace(data, name=f"{data.name} ({what} part)", rows=p, sha256=fingerprint(p), problems=problems, notes=data.notes + [note]) for what, p in zip(("training", "evaluation"), parts))

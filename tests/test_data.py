@@ -445,3 +445,16 @@ def test_modules_need_no_torch():
     import subprocess, sys
     code = "import sys, finetune_nb.data, finetune_nb.mask; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets', 'pandas', 'pyarrow')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent).returncode == 0
+
+
+def test_rows_with_a_time_are_split_by_it(tmp_path):
+    rows = [dict(prompt=f"{a} {b} {c}?", completion="yes", date=f"{2020 + i % 5}-03-0{1 + i % 9}") for i, (a, b, c) in enumerate((a, b, c) for a in ("how", "why") for b in ("red", "blue", "tall", "slow", "wet") for c in ("cats", "boats", "trees"))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = read(str(tmp_path / "rows.jsonl"))
+    train, held = split(data, 0.2, 7)
+    assert len(held) == 6 and max(r["time"] for r in train.rows) <= min(r["time"] for r in held.rows) and "date" not in " ".join(data.notes)
+    assert split(data, 0.2, 8)[1].sha256 == held.sha256
+    save(data.rows, tmp_path / "again.jsonl")
+    assert read(str(tmp_path / "again.jsonl")).sha256 == data.sha256
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r | (dict(date="soon") if i == 4 else {})) for i, r in enumerate(rows)))
+    assert "seed 7" in split(read(str(tmp_path / "rows.jsonl")), 0.2, 7)[0].notes[-1]
