@@ -291,5 +291,7 @@ def parameters_cell():
     "Source of the papermill parameters cell: every setting, unset, with its help"
     head = ['preset: str = "laptop"  # start from: stock, laptop, quality, fast',
             'recipe: str = ""  # a recipe.yaml; settings below win over it, the preset is then unused',
-            'run: str = ""  # the run folder; empty makes a new one under runs/']
+            'run: str = ""  # the run folder; empty makes a new one under runs/',
+            'resume: bool = False  # go on from the newest checkpoint in the run folder that verifies',
+            'override: str = ""  # names of differences from that checkpoint to allow, separated by commas']
     return "\n".join(head + [f"{r['setting']}: {r['type'] if r['type'] in ('str', 'int', 'float', 'bool') else 'str'} = None  # {r['help']}" for r in fields()])

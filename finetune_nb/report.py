@@ -109,4 +109,5 @@ def _lines(result, width):
     lines = ["  ".join(n.ljust(wide[n]) for n in names), *("  ".join(r[n].ljust(wide[n]) for n in names) for r in rows), ""]
     for s in result["samples"]:
         lines += [f"{s['kind']}: {cut(s['prompt'], width - 10)}"] + [f"  {k:<9} {cut(s[k], width - 12)}" for k in ("before", "after", "reference")]
-    return [*lines, "", result["verdict"]]
+    clean = result.get("without_leaked")
+    return [*lines, "", result["verdict"], *([f"Without the rows that were trained on: {clean['verdict']}"] if isinstance(clean, dict) else [])]

@@ -136,7 +136,7 @@ def test_a_setting_is_read_as_what_it_is(name, text, wanted):
     assert getattr(cli.recipe_of(cli.parser().parse_args(["run", "--preset", "fast", "-p", name, text])), name) == wanted
 
 
-@pytest.mark.parametrize("argv, keys", [(["doctor"], {"versions", "device", "choices", "missing"}), (["facts"], {"tables"}), (["facts", "hyperparameters"], None), (["runs", "--out", "nothere"], {"runs"})], ids=lambda a: " ".join(a) if isinstance(a, list) else "")
+@pytest.mark.parametrize("argv, keys", [(["doctor"], {"versions", "device", "choices", "missing", "outdated"}), (["facts"], {"tables"}), (["facts", "hyperparameters"], None), (["runs", "--out", "nothere"], {"runs"})], ids=lambda a: " ".join(a) if isinstance(a, list) else "")
 def test_what_needs_no_run_answers(argv, keys, here, capsys):
     code, out, err = call(capsys, *argv, "--json")
     value = only_object(out)
