@@ -47,9 +47,9 @@ def main():
         if r is None: raise SystemExit("nothing to compare")
         loads.append(os.getloadavg())
         inner, seconds = trainer.train, []
-        def timed():
+        def timed(**how):
             start = clock()
-            result = inner()
+            result = inner(**how)
             seconds.append(clock() - start)
             return result
         trainer.train = timed
