@@ -156,6 +156,8 @@ def fit_speed(
     fixed, per_unit = ((xx * y - x * xy) / spread, (o * xy - x * y) / spread) if spread > 1e-9 * o * xx else (0.0, xy / xx)
     if fixed < 0: fixed, per_unit = 0.0, xy / xx
     if per_unit < 0: fixed, per_unit = y / o, 0.0
+    share = sum(s for _, s in points) / sum(fixed + per_unit * w for w, _ in points)  # relative errors alone would lean to the fast steps
+    fixed, per_unit = fixed * share, per_unit * share
     misses = sorted(abs((fixed + per_unit * w) / s - 1) for w, s in points)
     return Speed(fixed, per_unit, misses[len(misses) // 2])
 
