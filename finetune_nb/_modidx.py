@@ -1120,8 +1120,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'finetune_nb.trial.Peak.reset': ('trial.html#peak.reset', 'finetune_nb/trial.py'),
                                    'finetune_nb.trial.Trial': ('trial.html#trial', 'finetune_nb/trial.py'),
                                    'finetune_nb.trial._evaluate': ('trial.html#_evaluate', 'finetune_nb/trial.py'),
-                                   'finetune_nb.trial._random_states': ('trial.html#_random_states', 'finetune_nb/trial.py'),
-                                   'finetune_nb.trial._set_random_states': ('trial.html#_set_random_states', 'finetune_nb/trial.py'),
                                    'finetune_nb.trial._timed': ('trial.html#_timed', 'finetune_nb/trial.py'),
                                    'finetune_nb.trial._watcher': ('trial.html#_watcher', 'finetune_nb/trial.py'),
                                    'finetune_nb.trial.chosen_steps': ('trial.html#chosen_steps', 'finetune_nb/trial.py'),

@@ -107,10 +107,10 @@ def doctor(args):
     from finetune_nb.trust import outdated
     missing = [dict(package=p, needed_for=verb, install=how) for p, verb, how in NEEDS if find_spec(p) is None]
     m = machine() if find_spec("torch") else None
-    choices = [vars(c) for c in choose(m)] if m else []
+    choices, old = [vars(c) for c in choose(m)] if m else [], [str(p) for p in outdated()]
     lines = [f"finetune_nb {__version__} on {m or 'a machine without torch'}", *(f"  {k} {v}" for k, v in versions().items()), "", *(f"{c['setting']} = {c['value']}: {c['reason']}" for c in choices), "",
-             *(str(p) for p in outdated()), *(f"missing {x['package']}, for {x['needed_for']}: {x['install']}" for x in missing)] + ([] if missing else ["nothing is missing"])
-    return dict(versions=versions(), device=vars(m) if m else None, choices=choices, missing=missing, outdated=[str(p) for p in outdated()]), "\n".join(lines)
+             *old, *(f"missing {x['package']}, for {x['needed_for']}: {x['install']}" for x in missing)] + ([] if missing else ["nothing is missing"])
+    return dict(versions=versions(), device=vars(m) if m else None, choices=choices, missing=missing, outdated=old), "\n".join(lines)
 
 # %% ../nbs/16a_cli.ipynb #c256aea9
 class _Parser(argparse.ArgumentParser):

@@ -42,17 +42,6 @@ def chosen_steps(
     return [order[-rows:], typical(), order[:rows], typical(), order[-rows:], *(typical() for _ in range(more))]
 
 # %% ../nbs/08b_trial.ipynb #837ddbe6
-def _random_states():
-    import numpy, torch
-    return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-
-def _set_random_states(states):
-    import numpy, torch
-    random.setstate(states[0]), numpy.random.set_state(states[1]), torch.set_rng_state(states[2])
-    if states[3]: torch.cuda.set_rng_state_all(states[3])
-
-
 def free():
     "Give back memory that nothing holds any more"
     import torch
@@ -66,7 +55,8 @@ def unchanged(
 ):
     "What the block does to the trainer, its model and the random numbers is undone after it"
     import torch
-    states, scaler = _random_states(), trainer.accelerator.scaler and trainer.accelerator.scaler.state_dict()
+    from finetune_nb.resume import set_states, states
+    random_numbers, scaler = states(), trainer.accelerator.scaler and trainer.accelerator.scaler.state_dict()
     objects = [(o, dict(vars(o))) for o in (trainer, trainer.args, trainer.callback_handler, trainer.control, trainer.state)]
     metrics, modes = copy.deepcopy(trainer._metrics), [(m, m.training) for m in trainer.model.modules()]
     tensors = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -81,7 +71,7 @@ def unchanged(
         for m, training in modes: m.training = training
         trainer.accelerator.free_memory()
         if scaler: trainer.accelerator.scaler.load_state_dict(scaler)
-        _set_random_states(states)
+        set_states(random_numbers)
         free()
 
 # %% ../nbs/08b_trial.ipynb #e00460c9
