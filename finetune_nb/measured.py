@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from .cards import from_machine
 from .core import Problem, Progress, UserError, human_time
+from .costs import Assumptions
 from .evaluate import _prompt_ids, answer_losses, generate
 from .mask import encode
 from .metrics import metric, reference
@@ -151,11 +152,11 @@ CORE_PRICE = 0.05  # dollars an hour for a processor core; assumption: about wha
 class Prices:
     "The assumptions behind a cost"
     volume: float = 10_000  # requests a month
-    months: float = 6  # a trained version lives; assumption, as in the cost model of `decide`
+    months: float = Assumptions.months  # a trained version lives; this and the next ones from the cost model of `decide`
     hour: float = None  # dollars an hour for this machine; None takes the card's price, or CORE_PRICE a core
-    busy: float = 0.3  # share of the time the machine answers requests; assumption, as in the cost model of `decide`
-    price_in: float = 3.0  # dollars a million tokens read by the endpoint; assumption, put your provider's
-    price_out: float = 15.0  # dollars a million tokens written by the endpoint; assumption, put your provider's
+    busy: float = Assumptions.busy  # share of the time the machine answers requests
+    price_in: float = Assumptions.price_in  # dollars a million tokens read by the endpoint; assumption, put your provider's
+    price_out: float = Assumptions.price_out  # dollars a million tokens written by the endpoint; assumption, put your provider's
 
     def on(self,
         machine,  # a hardware.Machine
