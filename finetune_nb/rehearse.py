@@ -71,7 +71,7 @@ def _estimate(trainer, recipe, lengths, answers, steps, found, work, price, mode
     step_passes = lambda s: [s[i:i + size] for i in range(0, len(s), size)]
     tokens = lambda rows, of: batches(now.model_copy(update=dict(batch_size=len(rows), group_by_length=False)), [of[i] for i in rows], **ends)[0]
     measured = [(sum(work(tokens(rows, lengths)) for rows in step_passes(s)) / len(step_passes(s)), t / len(step_passes(s))) for s, t in list(zip(steps, found.seconds))[1:]]
-    speed = fit_speed(measured)
+    speed = fit_speed(measured, [m for i, m in enumerate(measured, 1) if i % 2 or i > 4])  # the longest and the shortest are no sample of the run
     extra = 0.0
     if trainer.eval_dataset is not None and args.eval_strategy == "steps":
         held, order = row_lengths(trainer.eval_dataset)[0], args.per_device_eval_batch_size

@@ -147,6 +147,7 @@ class Speed:
 
 def fit_speed(
     points,  # list of (work, seconds) of measured steps, at least two of different work for the fixed part
+    sample=None,  # those drawn at random from the run, whose total the line keeps; None is all
 ):
     "The line through measured steps"
     if not points or min(s for _, s in points) <= 0: raise UserError(Problem("probe", "has no measured step", "Measure at least one step"))
@@ -156,7 +157,7 @@ def fit_speed(
     fixed, per_unit = ((xx * y - x * xy) / spread, (o * xy - x * y) / spread) if spread > 1e-9 * o * xx else (0.0, xy / xx)
     if fixed < 0: fixed, per_unit = 0.0, xy / xx
     if per_unit < 0: fixed, per_unit = y / o, 0.0
-    share = sum(s for _, s in points) / sum(fixed + per_unit * w for w, _ in points)  # relative errors alone would lean to the fast steps
+    share = sum(s for _, s in sample or points) / sum(fixed + per_unit * w for w, _ in sample or points)  # relative errors alone would lean to the fast steps
     fixed, per_unit = fixed * share, per_unit * share
     misses = sorted(abs((fixed + per_unit * w) / s - 1) for w, s in points)
     return Speed(fixed, per_unit, misses[len(misses) // 2])
