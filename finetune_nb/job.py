@@ -82,7 +82,7 @@ def encode(
     say=print,  # told the warnings
 ):
     "(encoded training rows, encoded held-out rows); stops if what would be trained is not what was meant"
-    sides = [encode_all(d, tokenizer, recipe.max_length, recipe.train_on) for d in (train, held)]
+    sides = [encode_all(d, tokenizer, recipe.max_length, recipe.train_on, recipe.cut_answers) for d in (train, held)]
     stop_on_errors([*train.problems, *held.problems, *sides[0][1], *sides[1][1]], warn=say)
     return sides[0][0], sides[1][0]
 

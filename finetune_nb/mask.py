@@ -132,6 +132,7 @@ def length_problems(
     encoded,  # each row encoded and cut
     lengths,  # each row's tokens before the cut
     max_length,  # the limit they were cut at, in tokens
+    cut_answers=False,  # answers may lose their end
 ):
     "What cutting at `max_length` costs, as problems"
     cut = [(n, r["row"], any(i != -100 for i in e["labels"])) for r, e, n in zip(rows, encoded, lengths) if e["cut"]]
@@ -142,8 +143,11 @@ def length_problems(
         found.append(Problem("max_length", f"cuts off the whole answer of {len(lost)} of {len(rows)} rows ({'rows' if len(lost) > 1 else 'row'} {', '.join(str(at) for _, at in lost[:5])}{' and more' if len(lost) > 5 else ''})",
                              f"Raise max_length to {most}, or leave these rows out", max_length))
     if cut and len(cut) > len(lost):
-        every = len(cut) == len(rows)
-        found.append(Problem("max_length", f"cuts {len(cut)} of {len(rows)} rows ({100 * len(cut) / len(rows):.0f} %), so their answers have no end", f"Raise max_length to {max(lengths)} to keep every row whole", max_length, level="error" if every else "warning"))
+        answers = [r for r, e in zip(rows, encoded) if e["cut"] and "text" not in r]
+        what = "so their answers have no end" if answers else "so the ends of their texts are not trained"
+        ways = f"Raise max_length to {max(lengths)} to keep every row whole" + ("; or leave the long rows out, or set cut_answers: true" if answers and not cut_answers else "")
+        stops = len(cut) == len(rows) or answers and not cut_answers
+        found.append(Problem("max_length", f"cuts {len(cut)} of {len(rows)} rows ({100 * len(cut) / len(rows):.0f} %, row {cut[0][1]} first), {what}", ways, max_length, level="error" if stops else "warning"))
     return found
 
 # %% ../nbs/04b_mask.ipynb #e44572ce
@@ -191,10 +195,11 @@ def encode_all(
     tokenizer,  # a transformers tokenizer
     max_length=0,  # tokens to keep of each row; 0 keeps all
     train_on="completion",  # "completion" or "all", as in `encode`
+    cut_answers=False,  # as in `length_problems`
 ):
     "(the encoded rows, all problems); rows that cannot be encoded are missing and have their error among the problems"
     good, full, problems = encode_each(data, tokenizer)
     encoded = [cut_at(e, max_length) for e in full]
-    problems += length_problems(good, encoded, [len(e["input_ids"]) for e in full], max_length) + token_problems(good, full, tokenizer)
+    problems += length_problems(good, encoded, [len(e["input_ids"]) for e in full], max_length, cut_answers) + token_problems(good, full, tokenizer)
     if train_on == "all": encoded = [e | {"labels": list(e["input_ids"])} for e in encoded]
     return encoded, problems

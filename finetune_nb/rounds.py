@@ -85,7 +85,7 @@ def trained(
     from finetune_nb.rehearse import rehearse
     from finetune_nb.train import build, fit
     recipe = setup.recipe.model_copy(update=dict(best_at_end=False, eval_steps=0, save_steps=0))
-    stop_on_errors(encode_all(rows, setup.tokenizer, recipe.max_length, recipe.train_on)[1], warn=say)
+    stop_on_errors(encode_all(rows, setup.tokenizer, recipe.max_length, recipe.train_on, recipe.cut_answers)[1], warn=say)
     start = budget_used(budget)
     trainer = build(recipe, setup.choices, base.get(), setup.tokenizer, rows, [], folder, say)
     if recipe.rehearse: rehearse(trainer, recipe, say=say, record=False)
