@@ -7,10 +7,10 @@ __all__ = ['COLUMNS', 'PROBLEMS', 'INK', 'BLUE', 'GREEN', 'RED', 'STYLE', 'BADGE
            'body', 'page', 'DataReport']
 
 # %% ../nbs/04g_data_report.ipynb #2e13ada8
-import base64, html, io
+import base64, io
 from dataclasses import asdict, dataclass, field
 
-from .core import markdown_table
+from .core import escaped, markdown_table
 from .mask import Mask
 
 # %% ../nbs/04g_data_report.ipynb #0faded18
@@ -114,8 +114,8 @@ BADGES = {"error": '<b style="color:#d05050">stops a run</b>', "warning": '<span
 
 def _table(rows, columns):
     "An HTML table; every cell is plain text but the badges"
-    cell = lambda k, v: BADGES.get(v) or html.escape(str(v)) if k == "level" else html.escape(str(v)).replace("\n", "<br>")
-    head = "<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in columns.values()) + "</tr>" if any(columns.values()) else ""
+    cell = lambda k, v: BADGES.get(v) or escaped(v) if k == "level" else escaped(v).replace("\n", "<br>")
+    head = "<tr>" + "".join(f"<th>{escaped(h)}</th>" for h in columns.values()) + "</tr>" if any(columns.values()) else ""
     return "<table>" + head + "".join("<tr>" + "".join(f'<td style="text-align:left">{cell(k, r.get(k, ""))}</td>' for k in columns) + "</tr>" for r in rows) + "</table>"
 
 
@@ -124,11 +124,11 @@ def body(
 ):
     "The report as HTML for a notebook or a page"
     plot = f'<img src="data:image/png;base64,{base64.b64encode(png(report)).decode()}" alt="{report.rows} rows, {report.unique} unique, {report.effective} effective; lengths in tokens and labels, see the table">'
-    parts = [f"<p><b>{html.escape(sentence(report))}</b></p>", plot, _table(facts(report), {"what": "", "value": ""})]
+    parts = [f"<p><b>{escaped(sentence(report))}</b></p>", plot, _table(facts(report), {"what": "", "value": ""})]
     if report.problems: parts += ["<h3>Problems</h3>", _table(sorted(report.problems, key=lambda p: p["level"]), PROBLEMS)]
     if report.leaks: parts += ["<h3>Evaluation rows that were trained on</h3>", _table(report.leaks[:50], {"row": "evaluation row", "training_row": "training row", "kind": "found by", "share": "share of its words"}), f"<p>and {len(report.leaks) - 50:,} more</p>" if len(report.leaks) > 50 else ""]
     if report.shown: parts.append("<h3>Rows as the model sees them</h3><p>Green is trained, grey is only read, red is cut off.</p>")
-    for s in report.shown: parts.append(f"<p>row {html.escape(str(s['row']))}</p>" + Mask([tuple(r) for r in s["runs"]], s["cut"])._repr_html_())
+    for s in report.shown: parts.append(f"<p>row {escaped(s['row'])}</p>" + Mask([tuple(r) for r in s["runs"]], s["cut"])._repr_html_())
     return "".join(parts)
 
 # %% ../nbs/04g_data_report.ipynb #22826318
@@ -136,7 +136,7 @@ def page(
     report,  # a DataReport
 ):
     "The report as a whole HTML document"
-    title = html.escape(f"Data: {report.name}")
+    title = escaped(f"Data: {report.name}")
     return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>{body(report)}</body></html>\n'
 
 # %% ../nbs/04g_data_report.ipynb #32552340

@@ -7,11 +7,10 @@ __all__ = ['RULES', 'SYSTEM', 'LEAD', 'APPROACHES', 'TUNED', 'DETECT', 'Rule', '
            'to_html', 'decide', 'picture']
 
 # %% ../nbs/07_decide.ipynb #679f4ae8
-import html
 from dataclasses import asdict, dataclass
 
 from .answers import KINDS, QUESTIONS, Answers, make
-from .core import UserError, markdown_table
+from .core import UserError, escaped, markdown_table
 from .costs import Assumptions, costs
 from .facts import table
 
@@ -239,7 +238,7 @@ def to_html(
     decision,  # a Decision
 ):
     "The decision as HTML without scripts or styles of its own"
-    e = lambda v: html.escape(str(v))
+    e = escaped
     rows = lambda part: "".join("<tr>" + "".join(f"<td style='text-align:left'>{e(v)}</td>" for v in r.values()) + "</tr>" for r in part)
     lines = [f"<h4>{e(decision._title())}</h4><p>{e(decision.why)}</p>"] + ([f"<blockquote>{e(decision.answers['task'])}</blockquote>"] if decision.answers.get("task") else [])
     for head, part in _parts(decision):

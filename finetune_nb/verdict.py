@@ -6,11 +6,11 @@
 __all__ = ['ORDER', 'kind_of', 'Verdict', 'judge_arms', 'MoreData', 'more_data', 'look']
 
 # %% ../nbs/10_verdict.ipynb #a1f5135f
-import html, math
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .core import Problem, UserError, markdown_table, nearest, read_json, sha256_json, stop_on_errors, write_json
+from .core import Problem, UserError, escaped, markdown_table, nearest, read_json, sha256_json, stop_on_errors, write_json
 from .differences import _quantile, _spread, _sums, differences
 
 # %% ../nbs/10_verdict.ipynb #51c343e2
@@ -158,7 +158,7 @@ class Verdict:
         return "\n\n".join([f"**{plain(self.text)}**", *map(markdown_table, self._sections()), *(["\n".join(f"- {plain(n)}" for n in self.notes)] if self.notes else [])])
 
     def _repr_html_(self):
-        e, row = html.escape, lambda tag, cells: "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
+        e, row = escaped, lambda tag, cells: "<tr>" + "".join(f"<{tag}>{escaped(c)}</{tag}>" for c in cells) + "</tr>"
         tables = "".join(f"<table>{row('th', t[0])}{''.join(row('td', r.values()) for r in t)}</table>" for t in self._sections())
         return f"<p><b>{e(self.text)}</b></p>{tables}<ul>{''.join(f'<li>{e(n)}</li>' for n in self.notes)}</ul>"
 
