@@ -29,4 +29,4 @@ test: install
 	$(VENV)/bin/python -m pytest -q tests
 
 torture: install
-	$(VENV)/bin/python bench/torture.py --matrix 0 --kills 100 --harm --disk --out bench/results/$$(date +%F)-torture.json
+	$(VENV)/bin/python bench/torture.py --notebooks 100 --two --harm --disk --at-once 20 --whole 2 --kills 100 --matrix 0 --out bench/results/$$(date +%F)-torture.json
