@@ -125,12 +125,12 @@ def doctor(args):
              *old, *(f"missing {x['package']}, for {x['needed_for']}: {x['install']}" for x in missing)] + ([] if missing else ["nothing is missing"])
     return dict(versions=versions(), device=vars(m) if m else None, choices=choices, missing=missing, outdated=old), "\n".join(lines)
 
-# %% ../nbs/16a_cli.ipynb #c256aea9
+# %% ../nbs/16a_cli.ipynb #7e10aa04
 class _Parser(argparse.ArgumentParser):
     "Tells a mistyped command as a problem like any other"
     def error(self, message): raise UserError(Problem("command line", message, f"See: {self.prog} --help"))
 
-
+# %% ../nbs/16a_cli.ipynb #c256aea9
 def parser():
     "The command line's parser"
     top = _Parser(prog="finetune-nb", description="From 'should I fine-tune?' to a model proven better on your own data.")
