@@ -110,6 +110,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'finetune_nb.certificate.Said': ('certificate.html#said', 'finetune_nb/certificate.py'),
                                          'finetune_nb.certificate._asked': ('certificate.html#_asked', 'finetune_nb/certificate.py'),
                                          'finetune_nb.certificate._compared': ('certificate.html#_compared', 'finetune_nb/certificate.py'),
+                                         'finetune_nb.certificate._finite': ('certificate.html#_finite', 'finetune_nb/certificate.py'),
                                          'finetune_nb.certificate._ids': ('certificate.html#_ids', 'finetune_nb/certificate.py'),
                                          'finetune_nb.certificate._trained': ('certificate.html#_trained', 'finetune_nb/certificate.py'),
                                          'finetune_nb.certificate.answers': ('certificate.html#answers', 'finetune_nb/certificate.py'),
