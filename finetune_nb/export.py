@@ -7,8 +7,8 @@ __all__ = ['KEPT', 'SAME', 'LIMIT', 'MARK', 'Run', 'open_run', 'sixteen', 'compu
            'trained_model', 'held_rows', 'log_probs', 'divergence', 'fold', 'whole', 'write_model', 'merge',
            'merge_problems', 'export_adapter']
 
-# %% ../nbs/12_export.ipynb #710b6534
-import inspect, json, math, os, random, re, shutil, tempfile
+# %% ../nbs/12_export.ipynb #a7415af5
+import errno, inspect, json, math, os, random, re, shutil, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +169,7 @@ def fold(
     try: return model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
     except ValueError as e: raise UserError(Problem("adapter", f"cannot be merged: {e}", "Export the adapter by itself: --to adapter")) from None
 
-# %% ../nbs/12_export.ipynb #737cdbfb
+# %% ../nbs/12_export.ipynb #cb57edff
 MARK = "export.json"  # what an export says of itself; its presence says that the folder is one
 
 
@@ -194,8 +194,9 @@ def whole(
         old = to.rename(part.with_name(f"{part.name}.old")) if to.exists() else None
         part.rename(to)
         if old: shutil.rmtree(old)
-    except BaseException:
+    except BaseException as e:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC: raise UserError(Problem("disk", "is full, so nothing was exported", "Free some space, or choose another folder with --out")) from None
         raise
 
 # %% ../nbs/12_export.ipynb #6d7e5fe0
