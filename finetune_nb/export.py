@@ -51,7 +51,7 @@ def open_run(
     run, found = Run(folder, load(folder / "recipe.yaml"), read_json(folder / "run.json", dict)), link_problems(folder)
     if run.recipe.trust_remote_code and not trust_remote_code: found.append(Problem("trust_remote_code", "is set in this run's recipe, which may come from somebody else", "Read the model's code, then add --trust-remote-code"))
     what, pattern = ("model", "*.safetensors") if run.recipe.method == "full" else ("adapter", "adapter_model.safetensors")
-    if not list(run.trained.glob(pattern)): found.append(Problem(str(folder), f"holds no trained {what}: the run is {run.facts.get('status', 'unknown')}", f"Let it finish first: finetune-nb resume {folder}"))
+    if not list(run.trained.glob(pattern)): found.append(Problem(str(folder), f"holds no trained {what}: the run is {run.facts.get('status', 'unknown')}", "Choose a run that trained one; finetune-nb runs lists them" if run.facts.get("status") == "done" else f"Let it finish first: finetune-nb resume {folder}"))
     stop_on_errors(found)
     return run
 
@@ -181,7 +181,7 @@ def whole(
 ):
     "A folder beside `to` that becomes `to` if the block ends well, and goes away if it does not"
     to = inside(Path(to).absolute().parent, Path(to).absolute().name)
-    if to.exists() and not replace: raise UserError(Problem(str(to), "exists already", "Choose another folder with --out, or ask to replace it"))
+    if to.exists() and not replace: raise UserError(Problem(str(to), "exists already", "Choose another folder with --out, or add --replace"))
     if to.exists() and not (to / MARK).is_file(): raise UserError(Problem(str(to), "is no earlier export, so it is not replaced", "Choose another folder with --out"))
     stop_on_errors(disk_problems(to.parent, needed))
     try:
