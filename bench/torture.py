@@ -3,7 +3,7 @@
 usage: python bench/torture.py [--matrix N] [--kills N] [--harm] [--disk] [--notebooks N] [--at-once N] [--whole N] [--two] [--seconds S] --out bench/results/DATE-torture.json
 
 --matrix N   the first N (0: all 432) of method × dropout × accumulation × packing or grouping × workers × shortcuts × place of the stop,
-             those that cover every pair of values first
+             those that cover every pair of values first, then those that bring each of the 72 settings of the first five once
 --kills N    SIGKILL at a random moment, every second one while a checkpoint is being saved; then gone on with to the end
 --harm       each file of the newest checkpoint missing, half, zeroed and with one bit flipped; then gone on with
 --disk       a tmpfs with room for two checkpoints and a half of the next (needs the right to mount)
@@ -143,9 +143,12 @@ def disk(place, model, rows):
 
 def matrix(n, place, model, rows, until):
     "Stopped and gone on with, over the settings"
-    first, result = exact.pairs(), dict(asked=0, done=0, same=0, failed=[])
+    first, result, reached = exact.pairs(), dict(asked=0, done=0, same=0, failed=[], settings=0), set()
     rest = [c for c in exact.every() if c not in first]
     random.Random(0).shuffle(rest)
+    settings = lambda c: tuple(v for k, v in c.items() if k not in ("fast", "stop"))
+    seen = {settings(c) for c in first}
+    rest.sort(key=lambda c: settings(c) in seen or seen.add(settings(c)) is not None)  # every setting once, before any twice
     cases = (first + rest)[:n or None]
     result["asked"] = len(cases)
     for i, c in enumerate(cases):
@@ -157,6 +160,8 @@ def matrix(n, place, model, rows, until):
         wrong = answer.read_text() if code == 0 else f"ended with {code}"
         result["done"] += 1
         result["same"] += not wrong
+        reached.add(settings(c))
+        result["settings"] = len(reached)
         if wrong: result["failed"].append([c, wrong])
         shutil.rmtree(out, ignore_errors=True)
     return result

@@ -194,7 +194,7 @@ class Recall:
     def _repr_markdown_(self):
         if not self.needing: return f"None of {self.rows} answers holds a fact that only the documents tell: retrieval cannot help here."
         line = lambda k: {"passages": k, "found": f"{self.at[k]} of {self.needing}", "share": f"{self.share(k):.0%} [{', '.join(f'{x:.0%}' for x in interval(self.at[k], self.needing))}]"}
-        return f"{self.needing} of {self.rows} answers need facts from the documents. All of them are found:\n\n{markdown_table([line(k) for k in self.at])}"
+        return f"{self.needing} of {self.rows} answers need facts from the documents. How often the passages hold all that one needs:\n\n{markdown_table([line(k) for k in self.at])}"
 
 
 def recall(
