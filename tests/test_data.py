@@ -394,7 +394,7 @@ def model():
 CASES = {
     "chat": (CHAT_ROWS, dict(), {}),
     "chat, everything trained": (CHAT_ROWS, dict(), dict(train_on="all")),
-    "chat, cut": (CHAT_ROWS, dict(), dict(max_length=50)),
+    "chat, cut": (CHAT_ROWS, dict(), dict(max_length=50, cut_answers=True)),
     "chat, start token": (CHAT_ROWS, dict(starts=True), {}),
     "text": (TEXT_ROWS, dict(), {}),
     "text, start token": (TEXT_ROWS, dict(starts=True), {}),
