@@ -52,7 +52,7 @@ SETTINGS = {
     "head trained whole": (dict(modules_to_save="lm_head", lora_layers=2, learning_rate=1e-3), [HEAD], [STORED]),
     "embedding trained whole": (dict(modules_to_save="embed_tokens", lora_layers=2, learning_rate=1e-3), [HEAD], [STORED]),
     "bias trained": (dict(lora_bias="all", lora_layers=2), [HEAD], [STORED]),
-    "rows cut": (dict(max_length=85, system="You switch what is in a house."), [HEAD], []),
+    "rows cut": (dict(max_length=85, cut_answers=True, system="You switch what is in a house."), [HEAD], []),
     "eager attention": (dict(attention="eager", lora_layers=2), [HEAD], []),
     "best at the end": (dict(eval_steps=1, save_steps=1, best_at_end=True, learning_rate=0.05, lora_layers=2), [HEAD, STORED], []),
     "a batch of one": (dict(batch_size=1, lora_layers=2), [HEAD, STORED], []),
