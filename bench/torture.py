@@ -86,10 +86,8 @@ def kills(n, place, model, rows, until, seed=0):
         result["went_on_from"][name] = result["went_on_from"].get(name, 0) + 1
         code = ended(apart(train(out, True)))
         wrong = exact.same(place / "straight", out) if code == 0 else [f"going on ended with {code}"]
-        result["done"] += 1
-        result["same"] += not wrong
-        if wrong: result["failed"].append([i, wrong])
-        else: shutil.rmtree(out)
+        count(result, i, wrong)
+        if not wrong: shutil.rmtree(out)
     return result
 
 
@@ -158,13 +156,18 @@ def matrix(n, place, model, rows, until):
             answer.write_text("\n".join(exact.interrupted_equals_straight(c, model, rows, out)))
         code = ended(apart(go))
         wrong = answer.read_text() if code == 0 else f"ended with {code}"
-        result["done"] += 1
-        result["same"] += not wrong
+        count(result, c, wrong)
         reached.add(settings(c))
         result["settings"] = len(reached)
-        if wrong: result["failed"].append([c, wrong])
         shutil.rmtree(out, ignore_errors=True)
     return result
+
+
+def count(result, trial, wrong):
+    "Add a trial that was done to a result"
+    result["done"] += 1
+    result["same"] += not wrong
+    if wrong: result["failed"].append([trial, wrong])
 
 
 def leftovers(place):
@@ -266,9 +269,7 @@ def at_once(n, place, model, rows, until, many=8):
         out, when = place / f"round-{i}", time.monotonic() + 0.3
         pids = [apart(lambda: one_of_many(out, model, rows, when)) for _ in range(many)]
         wrong = wrong_together(out, [ended(p) for p in pids], lambda p: [read_json(p / "metrics.json"), exact.weights(p) and sha256_file(p / "adapter" / "adapter_model.safetensors")])
-        result["done"] += 1
-        result["same"] += not wrong
-        if wrong: result["failed"].append([i, wrong])
+        count(result, i, wrong)
         shutil.rmtree(out)
     return result
 
@@ -284,9 +285,7 @@ def whole(n, place, model, rows, until, many=8):
         answers = [conftest.ended(p, 1200) for p in [conftest.start(*command, cwd=place, PYTHONPATH=str(Path(__file__).resolve().parents[1])) for _ in range(many)]]
         wrong = wrong_together(out, [a[0] for a in answers], lambda p: read_json(p / "metrics.json")) + [f"{p.name} is no valid notebook" for p in out.rglob("*.ipynb") if broken(p)]
         if wrong: wrong.append(next((a[2][-500:] for a in answers if a[0]), ""))
-        result["done"] += 1
-        result["same"] += not wrong
-        if wrong: result["failed"].append([i, wrong])
+        count(result, i, wrong)
         shutil.rmtree(out, ignore_errors=True)
     return result
 
@@ -309,9 +308,7 @@ def two(place, model, until, ways=("none", "zero2", "fsdp")):
         differ = lambda name: ([] if exact.weights(made[name]) and exact.weights(made[name]) == exact.weights(made["straight"]) else ["weights differ"]) + ([] if plain(name) == plain("straight") else ["curves differ"])
         wrong = differ("resumed") if code == 0 else [f"ended with {code}: {err[-800:]}"]
         result["ways"][way] = dict(resumed=wrong or "same", repeated=(differ("again") or "same") if code == 0 else "not seen", losses=t.history(made["straight"])[::2] if code == 0 else [])
-        result["done"] += 1
-        result["same"] += not wrong
-        if wrong: result["failed"].append([way, wrong])
+        count(result, way, wrong)
     return result
 
 

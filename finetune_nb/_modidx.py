@@ -428,6 +428,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'finetune_nb/evaluate.py'),
                                       'finetune_nb.evaluate.Scores.metrics': ('evaluate.html#scores.metrics', 'finetune_nb/evaluate.py'),
                                       'finetune_nb.evaluate.Scores.to_json': ('evaluate.html#scores.to_json', 'finetune_nb/evaluate.py'),
+                                      'finetune_nb.evaluate._answer_tokens': ('evaluate.html#_answer_tokens', 'finetune_nb/evaluate.py'),
+                                      'finetune_nb.evaluate._as_text': ('evaluate.html#_as_text', 'finetune_nb/evaluate.py'),
                                       'finetune_nb.evaluate._batch_losses': ('evaluate.html#_batch_losses', 'finetune_nb/evaluate.py'),
                                       'finetune_nb.evaluate._batches': ('evaluate.html#_batches', 'finetune_nb/evaluate.py'),
                                       'finetune_nb.evaluate._measured': ('evaluate.html#_measured', 'finetune_nb/evaluate.py'),

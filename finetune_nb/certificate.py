@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .compare_scores import Comparison, paired_shares
 from .core import Problem, UserError, human_bytes, markdown_table, plain, read_json, redact, sha256_file, stop_on_errors, write_json
-from .evaluate import Scores, _batches, _measured, _padded, _prompt_ids, _scored, _settings, _stop_ids
+from .evaluate import Scores, _answer_tokens, _as_text, _prompt_ids, _scored, _stop_ids
 from .export import LIMIT, SAME, Run, base_model, base_problems, compute_dtype, divergence, held_rows, log_probs, open_run, trained_model
 from .hardware import machine, versions
 from .job import rows_at_once
@@ -110,18 +110,9 @@ def answers(
     longest,  # tokens an answer may have
 ):
     "Greedy answers: `Said`"
-    from transformers import GenerationConfig
-    prompts, start, found = [_prompt_ids(tokenizer, r["prompt"]) for r in rows], time.monotonic(), [None] * len(rows)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stop, default=0)
-    config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=longest, use_cache=True, eos_token_id=sorted(stop) or None, pad_token_id=pad)
-    with _measured(model), _settings(model, config):
-        for batch in _batches([len(p) for p in prompts], min(16, rows_at_once(model, longest + max(map(len, prompts))))):
-            shown, mask = (_padded([f(prompts[i]) for i in batch], fill, model.device, left=True) for f, fill in ((list, pad), (lambda p: [1] * len(p), 0)))
-            out = model.generate(input_ids=shown, attention_mask=mask, generation_config=config)[:, shown.shape[1]:].tolist()
-            for i, tokens in zip(batch, out): found[i] = tokens
-    ends = [next((k for k, t in enumerate(tokens) if t in stop), None) for tokens in found]
-    ids = [tokens[:end] for tokens, end in zip(found, ends)]
-    return Said(ids, [e is not None for e in ends], [tokenizer.decode(i, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip() for i in ids], time.monotonic() - start)
+    start, longest_prompt = time.monotonic(), max(len(_prompt_ids(tokenizer, r["prompt"])) for r in rows)
+    found = _answer_tokens(model, tokenizer, rows, stop, longest, min(16, rows_at_once(model, longest + longest_prompt)))
+    return Said([ids for ids, _ in found], [ended for _, ended in found], [_as_text(tokenizer, ids) for ids, _ in found], time.monotonic() - start)
 
 
 def export_stops(

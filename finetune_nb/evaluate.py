@@ -72,6 +72,29 @@ def _settings(model, config):
         for holder, settings in own: holder.generation_config = settings
 
 # %% ../nbs/09_evaluate.ipynb #9bae18c7
+def _answer_tokens(model, tokenizer, rows, stop, max_new_tokens, batch_size, progress=None):
+    "(tokens of the greedy answer before the one that ends it, did it end by itself) of each row"
+    from transformers import GenerationConfig
+    ids = [_prompt_ids(tokenizer, r["prompt"]) for r in rows]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stop, default=0)
+    config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, use_cache=True, eos_token_id=sorted(stop) or None, pad_token_id=pad)
+    answers, done = [None] * len(rows), 0
+    with _measured(model), _settings(model, config):
+        for batch in _batches([len(i) for i in ids], batch_size):
+            shown = _padded([ids[i] for i in batch], pad, model.device, left=True)
+            mask = _padded([[1] * len(ids[i]) for i in batch], 0, model.device, left=True)
+            out = model.generate(input_ids=shown, attention_mask=mask, generation_config=config)
+            for i, tokens in zip(batch, out[:, shown.shape[1]:].tolist()):
+                end = next((k for k, t in enumerate(tokens) if t in stop), None)
+                answers[i] = tokens[:end], end is not None
+            done += len(batch)
+            if progress: progress(done)
+    return answers
+
+
+def _as_text(tokenizer, tokens): return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+
 def generate(
     model,  # a causal language model
     tokenizer,  # its tokenizer; left as it is
@@ -82,23 +105,8 @@ def generate(
 ):
     "The model's greedy answer to each row, in the order of the rows"
     if not rows: return []
-    from transformers import GenerationConfig
-    ids = [_prompt_ids(tokenizer, r["prompt"]) for r in rows]
     stop = _stop_ids(model, tokenizer, rows[0]["prompt"])
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stop, default=0)
-    config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, use_cache=True, eos_token_id=sorted(stop) or None, pad_token_id=pad)
-    answers, done = [""] * len(rows), 0
-    with _measured(model), _settings(model, config):
-        for batch in _batches([len(i) for i in ids], batch_size):
-            shown = _padded([ids[i] for i in batch], pad, model.device, left=True)
-            mask = _padded([[1] * len(ids[i]) for i in batch], 0, model.device, left=True)
-            out = model.generate(input_ids=shown, attention_mask=mask, generation_config=config)
-            for i, tokens in zip(batch, out[:, shown.shape[1]:].tolist()):
-                end = next((k for k, t in enumerate(tokens) if t in stop), len(tokens))
-                answers[i] = tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-            done += len(batch)
-            if progress: progress(done)
-    return answers
+    return [_as_text(tokenizer, tokens) for tokens, _ in _answer_tokens(model, tokenizer, rows, stop, max_new_tokens, batch_size, progress)]
 
 # %% ../nbs/09_evaluate.ipynb #14801dfa
 def _batch_losses(model, batch, pad_id, keeps):

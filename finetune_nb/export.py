@@ -215,7 +215,7 @@ def write_model(
     tokenizer.save_pretrained(folder)
 
 
-def _recorded(folder, run, kind, name, **facts):
+def _recorded(folder, run, kind, **facts):
     "Write export.json and return it"
     about = dict(kind=kind, run=run.folder.resolve().name, model=identity(run.recipe.model) | dict(name=_public(run.recipe.model)), method=run.recipe.method, **facts, versions=versions(),
                  files={f.name: [f.stat().st_size, sha256_file(f)] for f in sorted(folder.iterdir()) if f.is_file()})
@@ -250,7 +250,7 @@ def merge(
         found = divergence(reference, log_probs(load_model(str(part), compute, trust_remote_code=r.trust_remote_code), stored))
         stop_on_errors(merge_problems(found, base))
         say(f"read back and compared on {found['tokens']} held-out tokens: KL {found['kl']:.2g} to the trained model, {base['kl']:.2g} between it and its base")
-        return _recorded(part, run, "merged", Path(to).name, dtype=dtype, compute=compute, merged=found, base=base)
+        return _recorded(part, run, "merged", dtype=dtype, compute=compute, merged=found, base=base)
 
 
 def _merged(run, tokenizer, part, dtype, compute, shard, encoded):
@@ -296,4 +296,4 @@ def export_adapter(
         write_json(part / "adapter_config.json", read_json(files[1], dict) | dict(base_model_name_or_path=_public(r.model), revision=run.revision or None))
         tokenizer.save_pretrained(part)
         say(f"adapter: {human_bytes(files[0].stat().st_size)}, for {_public(r.model)}")
-        return _recorded(part, run, "adapter", Path(to).name)
+        return _recorded(part, run, "adapter")
