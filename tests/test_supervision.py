@@ -115,7 +115,7 @@ def test_a_writer_that_is_not_atomic_is_found_out(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "write_atomic", half)
     monkeypatch.setattr(torture, "leftovers", lambda folder: list(Path(folder).iterdir()))
     monkeypatch.setattr(torture, "big_notebook", lambda *a, make=torture.big_notebook: make(4, 10_000))
-    assert torture.notebooks(4, tmp_path, time.monotonic() + 60)["invalid"] == 3  # the first one is killed before it writes
+    assert torture.notebooks(4, tmp_path, time.monotonic() + 60)["invalid"] >= 3  # the first one may be killed before it writes
 
 
 def test_runs_begun_at_once(tiny_model, tiny_rows, tmp_path):
