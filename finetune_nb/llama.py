@@ -146,19 +146,19 @@ def _pieces(tokens):
         wanted += t[3]
     if piece: yield piece
 
-# %% ../nbs/11b_llama.ipynb #49323a47
+# %% ../nbs/11b_llama.ipynb #4a471066
 class Gguf(Chat):
     "A GGUF file that is open in llama.cpp"
     def __init__(self, path, model, context, threads, lora):
         super().__init__(model)
-        c, self.path, self.context, self.width = self._c, Path(path), context, max(1, min(PARALLEL, CELLS // context))
+        c, self.path, self.context, self.threads, self.width = self._c, Path(path), context, threads, max(1, min(PARALLEL, CELLS // context))
         p = c.llama_context_default_params()
         p.n_ctx, p.n_batch, p.n_ubatch, p.n_seq_max = context * self.width, BATCH, BATCH, self.width + 1
         p.n_outputs_max = p.n_outputs_max_per_seq = OUTPUTS
         p.n_threads, p.n_threads_batch, p.kv_unified, p.no_perf = threads, threads, True, True
         self._state = c.llama_init_from_model(model, p)
         if not self._state: raise UserError(Problem(str(path), f"cannot be run with a context of {context} tokens", "Give a shorter context, or close other programs"))
-        self._memory, self.threads = c.llama_get_memory(self._state), threads
+        self._memory = c.llama_get_memory(self._state)
         if lora and c.llama_set_adapters_lora(self._state, (c.llama_adapter_lora_p_ctypes * 1)(lora), 1, (ctypes.c_float * 1)(1.0)): raise UserError(Problem("adapter", "cannot be used with this GGUF file", "Export both from the same run"))
 
     def _decode(self, tokens):
@@ -168,8 +168,7 @@ class Gguf(Chat):
             batch = c.llama_batch_init(len(piece), 0, 1)
             batch.n_tokens = len(piece)
             for i, (token, position, sequence, wanted) in enumerate(piece): batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, position, 1, sequence, wanted
-            failed = c.llama_decode(self._state, batch)
-            c.llama_batch_free(batch)
+            failed, _ = c.llama_decode(self._state, batch), c.llama_batch_free(batch)
             if failed: raise UserError(Problem(str(self.path), f"cannot be computed: llama_decode gives {failed}", "Read llama.cpp's log"))
             for i, t in enumerate(piece):
                 if t[3]: yield t[2], np.ctypeslib.as_array(c.llama_get_logits_ith(self._state, i), (self.size,))
@@ -177,9 +176,8 @@ class Gguf(Chat):
     def _share(self, lists):
         "Compute what all lists of ids begin with, as sequence 0; its length"
         self._c.llama_memory_clear(self._memory, False)
-        prefix = os.path.commonprefix(lists)
-        list(self._decode([(t, i, 0, False) for i, t in enumerate(prefix)]))
-        return len(prefix)
+        start = [(t, i, 0, False) for i, t in enumerate(os.path.commonprefix(lists))]
+        return len(list(self._decode(start)) or start)
 
     def _start(self, sequence, ids, start, wanted):
         "The tokens that a new sequence still needs after the common start; logits are wanted at the positions in `wanted`"
@@ -187,11 +185,12 @@ class Gguf(Chat):
         return [(t, i, sequence, i in wanted) for i, t in enumerate(ids) if i >= start]
 
     def _end(self, sequence): self._c.llama_memory_seq_rm(self._memory, sequence, -1, -1)
-    def _too_long(self, n): return UserError(Problem("context", f"is too short for a row of {n} tokens", f"Open the file with a context of {n}", self.context))
+    def _check(self, n):
+        if n > self.context: raise UserError(Problem("context", f"is too short for a row of {n} tokens", f"Open the file with a context of {n}", self.context))
 
-# %% ../nbs/11b_llama.ipynb #dca0b753
+# %% ../nbs/11b_llama.ipynb #af9a2efc
 class Scored(Gguf):
-    "A GGUF file that is open in llama.cpp, and says how likely it finds an answer"
+    "A GGUF file that is open in llama.cpp, and says how likely it finds an answer, and how fast it is"
     def log_probs(self,
         encoded,  # rows as {"input_ids", "labels"}; label -100 is not looked at
         most=256 << 20,  # bytes to keep; rows beyond are left out
@@ -202,21 +201,35 @@ class Scored(Gguf):
             at = [i - 1 for i, label in enumerate(e["labels"]) if label != -100 and i]
             rows.append((e["input_ids"][:at[-1] + 1] if at else [], at))
             kept += 4 * self.size * len(at)
-            if len(rows[-1][0]) > self.context: raise self._too_long(len(rows[-1][0]))
+            self._check(len(rows[-1][0]))
             if kept >= most: break
         start = self._share([ids[:at[0]] for ids, at in rows if at])
         found = [np.empty((len(at), self.size), np.float32) for _, at in rows]
         for first in range(0, len(rows), self.width):
-            group, done = rows[first:first + self.width], {s: 0 for s in range(1, self.width + 1)}
-            tokens = [t for s, (ids, at) in enumerate(group, 1) for t in self._start(s, ids, start, set(at))]
+            done, group = dict.fromkeys(range(1, self.width + 1), 0), enumerate(rows[first:first + self.width], 1)
+            tokens = [t for s, (ids, at) in group for t in self._start(s, ids, start, set(at))]
             for s, logits in self._decode(tokens):
                 x = logits - logits.max()
-                found[first + s - 1][done[s]] = x - np.log(np.exp(x).sum())
-                done[s] += 1
+                found[first + s - 1][done[s]], done[s] = x - np.log(np.exp(x).sum()), done[s] + 1
             for s in done: self._end(s)
         return found
 
-# %% ../nbs/11b_llama.ipynb #0bf7b5c3
+    def speed(self,
+        prompt=128,  # tokens read at once
+        answer=32,  # tokens made one after the other
+        times=3,  # the best of so many is given
+    ):
+        "{prompt, answer}: tokens a second of one row, measured as llama-bench does, on tokens that mean nothing"
+        best, prompt, answer = [0.0, 0.0], min(prompt, self.context // 2), min(answer, self.context // 2)
+        ids = [(1 + 97 * i) % self.size for i in range(prompt + answer)]
+        for _ in range(times):
+            self._c.llama_memory_clear(self._memory, False)
+            clock = [time.perf_counter()]
+            for step in [[(t, i, 1, i == prompt - 1) for i, t in enumerate(ids[:prompt])], *([(ids[i], i, 1, True)] for i in range(prompt, prompt + answer))]: clock += [list(self._decode(step)) and time.perf_counter()]
+            best = [max(best[0], prompt / (clock[1] - clock[0])), max(best[1], answer / (clock[-1] - clock[1]))]
+        return dict(prompt=round(best[0], 1), answer=round(best[1], 1))
+
+# %% ../nbs/11b_llama.ipynb #b9fb51de
 class Llama(Scored):
     "A GGUF file that is open in llama.cpp, and can be asked"
     def answers(self,
@@ -225,7 +238,7 @@ class Llama(Scored):
         longest,  # tokens an answer may have, the one that ends it included
     ):
         "(ids of the greedy answer before the token that ends it, did it end by itself) for each prompt"
-        if prompts and max(map(len, prompts)) + longest > self.context: raise self._too_long(max(map(len, prompts)) + longest)
+        self._check(max(map(len, prompts), default=0) + longest)
         start = self._share([p[:-1] for p in prompts])
         found, active, waiting, free = [None] * len(prompts), {}, list(range(len(prompts)))[::-1], list(range(1, self.width + 1))
         while waiting or active:
@@ -244,24 +257,6 @@ class Llama(Scored):
                     free.append(s)
                     self._end(s)
         return found
-
-    def speed(self,
-        prompt=128,  # tokens read at once
-        answer=32,  # tokens made one after the other
-        times=3,  # the best of so many is given: what else the machine does only ever costs time
-    ):
-        "{prompt, answer}: tokens a second of one row, measured as llama-bench does, on tokens that mean nothing"
-        prompt, best = min(prompt, self.context // 2), [0.0, 0.0]
-        answer = min(answer, self.context - prompt)
-        ids = [(1 + 97 * i) % self.size for i in range(prompt + answer)]
-        for _ in range(times):
-            self._c.llama_memory_clear(self._memory, False)
-            clock = [time.perf_counter()]
-            for step in [[(t, i, 1, i == prompt - 1) for i, t in enumerate(ids[:prompt])], *([(ids[i], i, 1, True)] for i in range(prompt, prompt + answer))]:
-                list(self._decode(step))
-                clock.append(time.perf_counter())
-            best = [max(best[0], prompt / (clock[1] - clock[0])), max(best[1], answer / (clock[-1] - clock[1]))]
-        return dict(prompt=round(best[0], 1), answer=round(best[1], 1))
 
 # %% ../nbs/11b_llama.ipynb #a958f487
 _MEANING = {"unknown model architecture": "This llama.cpp does not know the architecture: pip install -U llama-cpp-python", "unknown pre-tokenizer": "This llama.cpp does not know the tokenizer: pip install -U llama-cpp-python",
