@@ -6,8 +6,8 @@
 __all__ = ['PACKAGES', 'ROOM', 'TORCH', 'LONGEST', 'missing', 'environment', 'remove_environment', 'Compressed', 'quantize',
            'load']
 
-# %% ../nbs/11c_compressed.ipynb #999ca266
-import json, os, re, shutil, signal, subprocess, sys, tempfile, time
+# %% ../nbs/11c_compressed.ipynb #2fe215b2
+import json, os, re, shutil, signal, subprocess, sys, tempfile, time, warnings
 from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -54,7 +54,7 @@ def missing():
     if not find_spec("compressed_tensors"): return Problem("compressed-tensors", "is not installed, and is needed to load the result", "Run: pip install 'finetune_nb[compressed]'")
     if not number(TORCH[0]) <= number(version("torch")) < number(TORCH[1]): return Problem("torch", f"must be from {TORCH[0]} up to but not including {TORCH[1]} for llmcompressor {PACKAGES['llmcompressor']}", "Install such a torch, or choose a GGUF or bitsandbytes format", version("torch"))
 
-# %% ../nbs/11c_compressed.ipynb #8b6fa26f
+# %% ../nbs/11c_compressed.ipynb #24aeb3f5
 def _failed(last):
     text = "\n".join(last)
     if re.search(r"No space left", text): return Problem("disk", "is full, so llmcompressor's environment was not made", "Free some space, or set FINETUNE_NB_CACHE to a folder on another disk")
@@ -76,7 +76,7 @@ def _make(folder):
     if found["unmet"]: raise UserError([Problem("llmcompressor", t, "Install that in this environment") for t in found["unmet"]])
     write_json(folder / "ready.json", PACKAGES)
 
-
+# %% ../nbs/11c_compressed.ipynb #f18f906c
 def environment(
     say=print,  # told what is done
 ):
@@ -159,9 +159,18 @@ def _watched(python, job, method, log, say):
     if code: raise RuntimeError(f"llmcompressor ended with code {code}: {shortened(plain(' '.join(last[-1:])), 500)}" + (f"\nwhat it said is in {log}" if log else ""))
     return told
 
-# %% ../nbs/11c_compressed.ipynb #1803262a
+# %% ../nbs/11c_compressed.ipynb #b2e5114b
 # What belongs to a model besides weights and config.json, by the names transformers gives it
 _BESIDE = "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*", "generation_config.json"
+
+
+def _usable(model, to, method, calibration, group):
+    "The number of weights, or a `UserError` with everything that is wrong"
+    weights = sum(prod(s) for f in shards(model) for s in tensors_of(f).values())
+    found = [*_problems(model, method, calibration, group, weights), *folder_problems(model, model.name)]
+    if to.exists() and (not to.is_dir() or any(to.iterdir())): found.append(Problem(str(to), "exists already", "Choose another folder"))
+    stop_on_errors([*found, *(replace(p, fix="Free some space, or choose another folder") for p in disk_problems(to.parent, 2 * weights))])
+    return weights
 
 
 def _stored(model):
@@ -170,7 +179,7 @@ def _stored(model):
     own = str(config.get("dtype") or config.get("torch_dtype") or "")
     return own if own in ("bfloat16", "float16") else "bfloat16"
 
-
+# %% ../nbs/11c_compressed.ipynb #830cfc74
 def quantize(
     model,  # folder of a 16-bit model: weights, settings, tokenizer
     to,  # the folder to make
@@ -182,10 +191,7 @@ def quantize(
 ):
     "Write a quantized model in the format compressed-tensors; what was written, as `Compressed`"
     model, to, start = Path(model), Path(to).absolute(), time.monotonic()
-    weights = sum(prod(s) for f in shards(model) for s in tensors_of(f).values())
-    stop_on_errors([*_problems(model, method, calibration, group, weights), *folder_problems(model, model.name)])
-    if to.exists() and (not to.is_dir() or any(to.iterdir())): raise UserError(Problem(str(to), "exists already", "Choose another folder"))
-    stop_on_errors([replace(p, fix="Free some space, or choose another folder") for p in disk_problems(to.parent, 2 * weights)])
+    weights = _usable(model, to, method, calibration, group)
     rows, python, (algorithm, bits) = _token_ids(model, calibration), environment(say), worker.METHODS[method]
     tokens = sum(map(len, rows))
     say(f"{method}: {len(rows)} rows of calibration, {tokens} tokens; {human_bytes(4 * weights)} of memory, up to {human_bytes(2 * weights)} of disk")
@@ -205,7 +211,7 @@ def quantize(
     say(str(done))
     return done
 
-# %% ../nbs/11c_compressed.ipynb #f9449742
+# %% ../nbs/11c_compressed.ipynb #dce642cf
 def load(
     folder,  # a folder that `quantize` made
     dtype="float32",  # format of what is not packed, and of the computation
@@ -213,4 +219,6 @@ def load(
     "The model in transformers"
     if problem := missing(): raise UserError(problem)
     from transformers.utils.quantization_config import CompressedTensorsConfig
-    return load_model(str(folder), dtype, quantization=CompressedTensorsConfig())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You passed `quantization_config`")  # and the model has one: that one is used
+        return load_model(str(folder), dtype, quantization=CompressedTensorsConfig())
