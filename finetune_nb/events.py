@@ -38,8 +38,8 @@ class Events:
             if isinstance(event, dict) and type(event.get("step")) is int: self.lines.append(event)
         return self.lines
 
-# %% ../nbs/14c_events.ipynb #4f0272de
-CURVES = {"loss": "loss", "eval_loss": "held-out loss", "learning_rate": "learning rate", "grad_norm": "gradient norm", "speed": "tokens/s", "memory_bytes": "memory"}
+# %% ../nbs/14c_events.ipynb #f9f4f88e
+CURVES = {"loss": "loss", "eval_loss": "held-out loss", "learning_rate": "learning rate", "grad_norm": "gradient norm", "speed": "tokens/s", "memory": "memory, GiB"}
 
 
 def number(
@@ -55,7 +55,8 @@ def curves(
     lines,  # from `Events`
 ):
     "{curve: [(step, value), …]} of what there is"
-    found = {key: [(e["step"], number(e, key)) for e in lines if number(e, key) is not None] for key in CURVES if key != "speed"}
+    found = {key: [(e["step"], number(e, key)) for e in lines if number(e, key) is not None] for key in CURVES}
+    found["memory"] = [(e["step"], number(e, "memory_bytes") / 2**30) for e in lines if number(e, "memory_bytes")]
     speeds, before, waited = [], None, 0.0
     for e in lines:
         waited += number(e, "eval_runtime") or 0.0
