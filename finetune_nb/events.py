@@ -14,20 +14,20 @@ from pathlib import Path
 from .core import Problem, UserError, human_time, plain, read_json, shortened
 from .folder import silent, status
 
-# %% ../nbs/14c_events.ipynb #3be6779b
+# %% ../nbs/14c_events.ipynb #411b6bab
 class Events:
     "The lines of a run's metrics.jsonl, read on from where the last look ended"
     def __init__(self,
         folder,  # a run folder
     ):
-        self.path, self.lines, self._at, self._which = Path(folder) / "metrics.jsonl", [], 0, None
+        self.path, self.lines, self._at, self._which, self.drawn = Path(folder) / "metrics.jsonl", [], 0, None, (-1, {}, [])
 
     def read(self):
         "Read what is new; returns all lines so far"
         try:
             with open(self.path, "rb") as f:
                 facts, which = os.fstat(f.fileno()), (os.fstat(f.fileno()).st_ino, f.read(80))
-                if which != self._which or facts.st_size < self._at: self.lines, self._at, self._which = [], 0, which
+                if which != self._which or facts.st_size < self._at: self.lines, self._at, self._which, self.drawn = [], 0, which, (-1, {}, [])
                 f.seek(self._at)
                 whole, end, _ = f.read().rpartition(b"\n")
         except OSError: return self.lines
@@ -120,7 +120,7 @@ def tail(
     steps = [m for l in said if (m := re.match(r"train (\d+)/(\d+) ", l))]
     return parts[-1] if parts else "", said[-1] if said else "", (int(steps[-1][1]), int(steps[-1][2])) if steps else (0, 0)
 
-# %% ../nbs/14c_events.ipynb #75a62f5b
+# %% ../nbs/14c_events.ipynb #d810f81e
 @dataclass
 class State:
     "How a run is, at one moment"
@@ -134,6 +134,7 @@ class State:
     said: str = ""  # the newest line of its log
     error: str = ""  # why it failed
     verdict: str = ""  # what the comparison says, once it is done
+    asked: bool = False  # to stop after its step, and has not yet
     checkpoint: str = ""  # the newest checkpoint to go on from
     curves: dict = field(default_factory=dict)  # from `curves`
     alarms: list = field(default_factory=list)  # from `alarms`
@@ -158,18 +159,20 @@ def sentence(
                 unreadable=f"cannot be read: {state.error}")
     words = ways.get(state.status, state.status)
     if state.live and "training" in state.stage and state.left is not None: words += f" · training ends in about {human_time(state.left)}"
+    if state.asked: words += " · pausing after this step"
     if state.live and state.silent > QUIET: words += f" · no sign of life for {human_time(state.silent)}"
     return plain(" ".join(words.split()))
 
-# %% ../nbs/14c_events.ipynb #3515ba05
+# %% ../nbs/14c_events.ipynb #e9757b40
 def look(
     folder,  # a run folder
     events=None,  # its `Events`, if it is looked at again and again
 ):
     "The `State` of a run now"
-    folder = Path(folder)
-    lines, (stage, said, told) = (events or Events(folder)).read(), tail(folder)
-    state = State(str(folder), "unreadable", stage, said=said, curves=curves(lines), alarms=alarms(lines), checkpoint=_checkpoint(folder))
+    folder, events = Path(folder), events or Events(folder)
+    lines, (stage, said, told) = events.read(), tail(folder)
+    if events.drawn[0] != len(lines): events.drawn = len(lines), curves(lines), alarms(lines)  # a monitor looks more often than a line comes
+    state = State(str(folder), "unreadable", stage, said=said, curves=events.drawn[1], alarms=events.drawn[2], checkpoint=_checkpoint(folder))
     try:
         state.status, facts, state.silent = status(folder), read_json(folder / "run.json", dict), max(0.0, silent(folder))
         state.error = str(facts.get("error") or "").removeprefix("UserError: ")
@@ -177,6 +180,7 @@ def look(
     of = [number(e, "max_steps") for e in lines if number(e, "max_steps")]
     state.step, state.of = max(told[0] if state.live else 0, lines[-1]["step"] if lines else 0), int(of[-1]) if of else told[1]
     if lines and state.live: state.left = time_left(lines, state.of, max(0.0, time.time() - (folder / "metrics.jsonl").stat().st_mtime))
+    state.asked = state.live and (folder / "stop").exists()
     if state.status == "done": state.verdict = _verdict(folder)
     shown = [e for e in lines if isinstance(e.get("samples"), list)][-1:]
     state.samples = [(e["step"], *(str(s.get(k, "")) for k in ("prompt", "answer", "reference"))) for e in shown for s in e["samples"] if isinstance(s, dict)]
