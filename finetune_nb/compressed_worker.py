@@ -88,7 +88,7 @@ def check(
             if not found or not need.specifier.contains(found, prereleases=True): unmet.append(f"{name} needs {need}, found {found or 'nothing'}")
     return unmet
 
-# %% ../nbs/11b_compressed_worker.ipynb #3dd44b7a
+# %% ../nbs/11b_compressed_worker.ipynb #b84cdc5b
 def _layers(model, asked):
     "(group size, names left as they are, weights in layers that are quantized)"
     import torch
@@ -98,7 +98,7 @@ def _layers(model, asked):
     group, odd = group_size({m.in_features for n, m in linear.items() if n not in kept}, asked)
     if odd and asked: raise SystemExit(tell(problem=("group", f"of {asked} does not divide rows of {', '.join(map(str, odd))} weights", "Leave it out, or choose a smaller one")))
     kept += [n for n, m in linear.items() if n not in kept and m.in_features in odd]
-    if len(kept) == len(linear): raise SystemExit(tell(problem=("model", "has no linear layer whose width 32 divides", "Choose a GGUF or bitsandbytes format")))
+    if len(kept) == len(linear): raise SystemExit(tell(problem=("model", "has no linear layer besides its head whose width 32 divides", "Choose a GGUF or bitsandbytes format")))
     return group, kept, sum(m.weight.numel() for n, m in linear.items() if n not in kept)
 
 
@@ -127,7 +127,7 @@ def _prepare(dtype, accelerator):
     Observer.get_qparams = rounded
     if not accelerator: IntermediatesCache.pin_memory = lambda *a, **k: None  # it speeds up copies to a GPU and fails where there is none
 
-# %% ../nbs/11b_compressed_worker.ipynb #b765216c
+# %% ../nbs/11b_compressed_worker.ipynb #95f7a7f4
 def work(
     path,  # a job as JSON: model, to, algorithm, bits, group, dtype, shard, calibration
 ):
@@ -135,11 +135,12 @@ def work(
     import torch
     from compressed_tensors import ModelCompressor
     from llmcompressor import oneshot
+    from llmcompressor.modeling.moe.linearize import linearize_moe
     from transformers import AutoModelForCausalLM, AutoTokenizer
     job = json.loads(Path(path).read_text())
     accelerator, dtype = torch.accelerator.is_available(), getattr(torch, job["dtype"])
     _prepare(dtype, accelerator)
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype if accelerator else torch.float32, use_safetensors=True)
+    model = linearize_moe(AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype if accelerator else torch.float32, use_safetensors=True))
     group, kept, quantized = _layers(model, job["group"])
     tell(group=group, ignored=kept, quantized=quantized, total=sum(p.numel() for p in model.parameters()), device=torch.accelerator.current_accelerator().type if accelerator else "cpu")
     rows = [dict(input_ids=torch.tensor(b), attention_mask=torch.ones(len(b), len(b[0]), dtype=torch.long)) for b in batches(job["calibration"])]
