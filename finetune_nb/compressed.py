@@ -6,18 +6,18 @@
 __all__ = ['PACKAGES', 'ROOM', 'TORCH', 'LONGEST', 'missing', 'environment', 'remove_environment', 'load', 'Compressed',
            'quantize']
 
-# %% ../nbs/11c_compressed.ipynb #91176da4
+# %% ../nbs/11c_compressed.ipynb #c1d47412
 import io, json, os, re, shutil, signal, subprocess, sys, tempfile, time, warnings
 from collections import deque
 from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 
 from . import compressed_worker as worker
-from .core import Problem, Progress, UserError, cache_dir, human_bytes, human_time, nearest, plain, read_json, sha256_json, shortened, stop_on_errors, write_json
+from .core import Problem, Progress, UserError, cache_dir, human_bytes, human_time, nearest, plain, sha256_json, shortened, stop_on_errors, write_json
 from .hardware import disk_problems, memory
 from .models import load_model, load_tokenizer
 from .trust import folder_problems, settings_of, shards, tensors_of
@@ -76,7 +76,7 @@ def _make(folder):
     if found["unmet"]: raise UserError([Problem("llmcompressor", t, "Install that in this environment") for t in found["unmet"]])
     write_json(folder / "ready.json", PACKAGES)
 
-# %% ../nbs/11c_compressed.ipynb #f18f906c
+# %% ../nbs/11c_compressed.ipynb #d3217bfd
 def environment(
     say=print,  # told what is done
 ):
@@ -84,7 +84,7 @@ def environment(
     place = _place()
     if (place / "ready.json").is_file(): return place / "bin" / "python"
     stop_on_errors([p for p in [missing()] if p] or [replace(p, fix="Free some space, or set FINETUNE_NB_CACHE to a folder on another disk") for p in disk_problems(cache_dir(), ROOM)])
-    say(f"llmcompressor {PACKAGES['llmcompressor']}: installing it in an environment of its own, once ({human_bytes(ROOM)} of disk for a moment, about half a minute)")
+    say(f"llmcompressor {PACKAGES['llmcompressor']}: installing it in an environment of its own, once ({human_bytes(ROOM)} of disk for a moment, about half a minute on an idle machine)")
     cache_dir().mkdir(parents=True, exist_ok=True)
     part, start = Path(tempfile.mkdtemp(dir=cache_dir(), prefix=".compressed-")), time.monotonic()
     try:

@@ -88,7 +88,7 @@ def test_closer_than_rounding_and_loaded_by_plain_transformers(method, ready, mo
     assert not any(str(tmp_path) in f.read_text(errors="replace") for f in (tmp_path / "out").glob("*.json"))
 
     kl, plain = likeness(compressed.load(tmp_path / "out")), rounded(bits)
-    assert 0 < kl < (0.5 if method != "awq-4" else 0.95) * plain, f"{method}: {kl:.4g}, rounding {plain:.4g}"
+    assert 0 < kl < (0.3 if method != "awq-4" else 0.85) * plain, f"{method}: {kl:.4g}, rounding {plain:.4g}"
     assert any(l.startswith(f"{method} 2/3") for l in told) or any(l.startswith(f"{method} 0/3") for l in told), told
     assert "Calibrating" in (tmp_path / "log.txt").read_text()
 
