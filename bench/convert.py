@@ -60,9 +60,9 @@ def main():
         if r.get("differences") or r.get("errors") or r.get("twice") or "settings" not in r: print(f"{r['repository']}/{r['path']}: {r['status']}", *(r.get("differences") or []), *(f"ERROR {e}" for e in r.get("errors") or []), *(f"TWICE {t}" for t in r.get("twice") or []), sep="\n   ", file=sys.stderr)
     tools = sorted({r["tool"] for r in rows})
     total = lambda some: dict(files=len(some), files_agreed=sum(r["agreed"] == r["settings"] for r in some), settings=sum(r["settings"] for r in some), settings_agreed=sum(r["agreed"] for r in some), settings_found=sum(r.get("found", 0) for r in some), unknown=sum(r.get("unknown", 0) for r in some))
-    result = dict(question="do the settings that convert reads out of real files agree with those a person read out of them", date=datetime.now(timezone.utc).strftime("%Y-%m-%d"), all=total(read), blind=total([r for r in read if r["blind"]]), **{"not read": len(rows) - len(read)}, repositories=len({r["repository"] for r in read}),
+    result = dict(question="do the settings that convert reads out of real files agree with those a person read out of them", date=datetime.now(timezone.utc).strftime("%Y-%m-%d"), all=total(read), **{"cases chosen after the converter was written": total([r for r in read if r["blind"]])}, **{"not read": len(rows) - len(read)}, repositories=len({r["repository"] for r in read}),
                   by_tool={t: total([r for r in read if r["tool"] == t]) for t in tools}, slowest_seconds=max([r["seconds"] for r in read], default=0), versions=dict(finetune_nb=__version__, python=platform.python_version(), PyYAML=version("PyYAML")), files=rows)
-    print(result["all"], "blind:", result["blind"], result["by_tool"], f"slowest {result['slowest_seconds']} s")
+    print(result["all"], "chosen after:", result["cases chosen after the converter was written"], result["by_tool"], f"slowest {result['slowest_seconds']} s")
     if args.out: write_json(args.out, result)
 
 

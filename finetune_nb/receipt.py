@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'Code', 'Found', 'Line', 'Receipt', 'as_text', 'as_markdown', 'as_json']
 
-# %% ../nbs/05i_receipt.ipynb #3d3ac445
+# %% ../nbs/05i_receipt.ipynb #36715d1e
 import re
 from dataclasses import dataclass, field as made
 
-from .core import Problem, UserError, markdown_table, shortened
+from .core import Problem, UserError, markdown_table, plain, redact, shortened
 from .recipe import from_values, problems, to_yaml
 
 # %% ../nbs/05i_receipt.ipynb #75e50c64
@@ -28,9 +28,9 @@ class Found:
     why: str = ""  # if it does not count at all: why
     key: str = ""  # its name in that table, if it is not the last part of its own
 
-# %% ../nbs/05i_receipt.ipynb #832637bc
+# %% ../nbs/05i_receipt.ipynb #59b6c0f2
 VERDICTS = ("kept", "renamed", "replaced", "dropped", "unknown")
-_SECRET = re.compile(r"token$|_key$|password|secret", re.I)
+_SECRET = re.compile(r"(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)token$|_key$|password|secret", re.I)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Line:
     def shown(self):
         "The value as text"
         if _SECRET.search(self.setting) and self.value: return "(hidden)"
-        return shortened(str(self.value) if isinstance(self.value, Code) else ", ".join(map(str, self.value)) if isinstance(self.value, list) else "" if self.value is None else repr(self.value) if not isinstance(self.value, str) else self.value, 60)
+        text = ", ".join(map(str, self.value)) if isinstance(self.value, list) else "" if self.value is None else self.value if isinstance(self.value, str) else repr(self.value)
+        return shortened(plain(redact(shortened(text, 400))).replace("\n", " "), 60)
 
 # %% ../nbs/05i_receipt.ipynb #fa4df2c5
 class _Results:
@@ -91,7 +92,7 @@ class Receipt(_Results):
         "One sentence"
         return f"{self.file}: {self.tool}, {len(self.lines)} settings: " + ", ".join(f"{n} {v}" for v, n in self.count().items())
 
-# %% ../nbs/05i_receipt.ipynb #bc8a2299
+# %% ../nbs/05i_receipt.ipynb #a6502f9d
 def as_text(
     receipt,  # a Receipt
 ):
@@ -101,7 +102,7 @@ def as_text(
     line = lambda r: "  ".join([*(r[k].ljust(w) for k, w in width.items()), r["why"]]).rstrip()
     head = {k: k for k in (*width, "why")}
     said = [f"{p.level}: {p}" for p in receipt.problems]
-    return "\n".join([receipt.summary(), "", line(head), *map(line, rows), *([""] + said if said else []), "", _recipe_text(receipt)])
+    return plain("\n".join([receipt.summary(), "", line(head), *map(line, rows), *([""] + said if said else []), "", _recipe_text(receipt)]))
 
 
 def _recipe_text(receipt): return to_yaml(receipt.recipe, only_changed=True) if receipt.recipe else "no recipe: mend the errors above"
@@ -112,7 +113,7 @@ def as_markdown(
 ):
     "The receipt as Markdown"
     said = "\n".join(f"- {p.level}: {p}" for p in receipt.problems)
-    return "\n\n".join(filter(None, [receipt.summary(), markdown_table(receipt.rows()), said, f"```yaml\n{_recipe_text(receipt)}```" if receipt.recipe else _recipe_text(receipt)]))
+    return "\n\n".join(filter(None, [plain(receipt.summary()), markdown_table(receipt.rows()), said, f"```yaml\n{_recipe_text(receipt)}```" if receipt.recipe else _recipe_text(receipt)]))
 
 
 def as_json(
