@@ -6,14 +6,14 @@
 __all__ = ['LICENCES', 'FREE', 'UNKNOWN', 'ORIGIN', 'METRICS', 'Licence', 'front_matter', 'licence_of', 'base_licence',
            'data_facts', 'carried', 'notice', 'write_card']
 
-# %% ../nbs/12d_card.ipynb #2874969a
+# %% ../nbs/12d_card.ipynb #c85c8bbb
 import html, re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata
 from math import prod
 from pathlib import Path
 
-from .certificate import Certificate
+from .certificate import LORA, Certificate
 from .core import Problem, UserError, cache_dir, human_bytes, human_time, markdown_table, nearest, plain, read_json, redact, shortened, write_atomic
 from .data import read
 from .duplicates import sizes
@@ -212,14 +212,14 @@ def _proof(certificate):
     checks = [dict(verdict=c.verdict, check=c.check, found=c.found, limit=c.limit) for c in certificate.checks]
     return f"**{certificate.verdict}** on {certificate.rows} held-out rows.\n\n{_table(checks)}"
 
-# %% ../nbs/12d_card.ipynb #6aab872e
+# %% ../nbs/12d_card.ipynb #391dc26a
 def _use(folder, name, base, system):
     python = f"messages = {[*([dict(role='system', content=system)] if system else []), dict(role='user', content='…')]!r}" + '\ninputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)\nprint(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0][inputs["input_ids"].shape[1]:], skip_special_tokens=True))'
     gguf, has, out = sorted(p.name for p in folder.glob("*.gguf")), lambda f: (folder / f).is_file(), []
     loaded = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\ntokenizer = AutoTokenizer.from_pretrained({name!r})\nmodel = AutoModelForCausalLM.from_pretrained({of!r}, dtype=\"auto\")\n"
     if has("adapter_config.json"): out += ["With transformers and peft:", _block(f"from peft import PeftModel\n{loaded.format(name=name, of=base)}model = PeftModel.from_pretrained(model, {name!r})\n{python}", "python")]
     elif list(folder.glob("*.safetensors")) and has("config.json"): out += ["With transformers:", _block(f"{loaded.format(name=name, of=name)}{python}", "python")]
-    if gguf: out += ["With llama.cpp:", _block(f"llama-server -m base.gguf --lora {gguf[0]}  # base.gguf: {base}, converted" if read_json(folder / MARK, dict).get("kind") == "gguf-lora" else f"llama-server -m {gguf[0]}", "sh")]
+    if gguf: out += ["With llama.cpp:", _block(f"llama-server -m {next((f for f in gguf if f != LORA), 'base.gguf')}" + f" --lora {LORA}" * (LORA in gguf), "sh")]
     if has("Modelfile"): out += ["With Ollama, in this folder:", _block(f"ollama create {folder.name} -f Modelfile && ollama run {folder.name}", "sh")]
     if has("vllm.yaml"): out += ["With vLLM, in this folder:", _block("vllm serve --config vllm.yaml", "sh")]
     return "\n\n".join(out) or "This folder holds no model that a program loads by itself."

@@ -68,10 +68,12 @@ def converter(
             if _tree(folder) != TREE_SHA256: raise
     return folder
 
-# %% ../nbs/11_converter.ipynb #92932790
+# %% ../nbs/11_converter.ipynb #53192080
 _MEANINGS = [  # (words in the log, place, what they mean, fix)
     (r"Model (\S+) is not supported|Architecture '(\S+)' not supported", "architecture", "is not known to llama.cpp's converter", "Export for vLLM instead (--to merged), or set LLAMA_CPP_DIR to a newer llama.cpp"),
     (r"BPE pre-tokenizer was not recognized", "tokenizer", "cuts text in a way that llama.cpp does not know (its pre-tokenizer)", "Use the tokenizer of the base model unchanged, or set LLAMA_CPP_DIR to a newer llama.cpp"),
+    (r"(?:Missing|File not found:) \S*tokenizer\.model", "tokenizer", "has no tokenizer.model, which llama.cpp's converter needs for this architecture", "Put the base model's tokenizer.model beside tokenizer.json"),
+    (r"KeyError: ['\"](\w+)['\"]\s*$", "config.json", "lacks a setting that llama.cpp's converter reads", "Add it as the base model's first config.json had it, or set LLAMA_CPP_DIR to a newer llama.cpp"),
     (r"No space left on device|Errno 28", "disk", "is full", "Free some space, or choose another folder with --out"),
     (r"No module named '?(\w+)", "package", "is not installed", "Run: pip install 'finetune_nb[gguf]'"),
     (r"requantizing from type (\S+) is disabled", "source", "is quantized already", "Quantize from the 16-bit file"),
@@ -86,7 +88,7 @@ def _explained(text, code, log):
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it said nothing"]
     return UserError(Problem("llama.cpp", f"failed: {lines[-1][:300]}", f"Read the log: {log}" if log else "Run again with a log file", code))
 
-
+# %% ../nbs/11_converter.ipynb #964c5ed7
 def run_logged(
     command,  # program and arguments
     log=None,  # file that its words are added to

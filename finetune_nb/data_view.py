@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tokens_html', 'DataView']
 
-# %% ../nbs/15d_data_view.ipynb #13389593
+# %% ../nbs/15d_data_view.ipynb #3f0a1804
 from pathlib import Path
 
 import ipywidgets as W
@@ -14,7 +14,7 @@ from IPython.display import display
 from .core import Problem, UserError, escaped
 from .data_check import _read, check
 from .data_report import body
-from .forms import Form, answer_place, answered, button, problems_html, row, text_control
+from .forms import Form, answer_place, answered, button, problems_html, row, text_control, unannounced
 from .mask import STYLES, encode
 from .models import EMBEDDED, load_tokenizer
 from .recipe import FIELDS, _number
@@ -38,7 +38,7 @@ def tokens_html(
     counts = ", ".join(f"{fates.count(f)} {f}" for f in STYLES)
     return f'<div style="white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;line-height:1.7">{spans}</div>{more}<small>{counts} of {len(ids)} tokens</small>'
 
-# %% ../nbs/15d_data_view.ipynb #58bf7a88
+# %% ../nbs/15d_data_view.ipynb #0295f93d
 class DataView(Form):
     "A form whose value is a DataReport"
     def __init__(self,
@@ -49,6 +49,12 @@ class DataView(Form):
         report=None,  # a DataReport to show at once
     ):
         self.value, self.problems, self._rows, self._tokenizer = report, [], None, None
+        with unannounced(): self._build(data, eval_data, model, max_length)
+        self.row.observe(lambda _: answered(self.tokens, self._tokens, "reading the row"), "value")
+        for w in (self.data, self.model): w.observe(lambda _: setattr(self, "_rows", None), "value")
+        self.told.value = self._page() if report else "Name the rows and look at them."
+
+    def _build(self, data, eval_data, model, max_length):
         self.data, self.eval_data = text_control("training rows", data, "a file, a folder or a hub id; or home"), text_control("evaluation rows", eval_data, "rows that are not trained on")
         self.model, self.max_length = text_control("model", model, "whose tokens are counted; empty counts none", list(EMBEDDED)), text_control("max_length", str(max_length), FIELDS["max_length"].description)
         self.row = text_control("row", "", "the number of a row in its file")
@@ -56,9 +62,6 @@ class DataView(Form):
         self.look = button("Look at the rows", "reads them all and counts", self.refresh)
         self.back, self.next = button("Row before", "the tokens of the row before this one", lambda: self.step(-1)), button("Next row", "the tokens of the row after this one", lambda: self.step(1))
         self.box = W.VBox([row(self.data, self.eval_data), row(self.model, self.max_length, self.look), self.told, row(self.row, self.back, self.next), self.tokens], layout=W.Layout(width="auto", max_width="64rem", overflow="hidden"))
-        self.row.observe(lambda _: answered(self.tokens, self._tokens, "reading the row"), "value")
-        for w in (self.data, self.model): w.observe(lambda _: setattr(self, "_rows", None), "value")
-        self.told.value = self._page() if report else "Name the rows and look at them."
 
     def refresh(self):
         "Look at the rows again; what is wrong with the paths is shown instead"
@@ -75,7 +78,7 @@ class DataView(Form):
         if self.value: display({"text/html": self._page(), "text/plain": str(self.value)}, raw=True)
         else: super().show()
 
-    def _page(self): return f'<div style="overflow-x:auto;line-height:1.45">{body(self.value)}</div>'
+    def _page(self): return f'<div style="overflow-x:auto;line-height:1.45">{body(self.value).replace("<img ", "<img style=max-width:100% ", 1)}</div>'
 
 # %% ../nbs/15d_data_view.ipynb #699fa777
 def _limit(self):

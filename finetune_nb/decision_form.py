@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ask', 'question_html', 'scores_svg', 'next_step', 'DecisionForm']
 
-# %% ../nbs/15a_decision_form.ipynb #408add73
+# %% ../nbs/15a_decision_form.ipynb #1ff59d7b
 import shlex
 
 import ipywidgets as W
@@ -14,7 +14,7 @@ from .answers import QUESTIONS, KINDS, make as make_answers
 from .core import UserError, escaped
 from .data_check import check
 from .decide import APPROACHES, decide, picture
-from .forms import RED, Form, answer_place, answered, bar, button, described, grouped, line, problems_html, row, svg, text_control
+from .forms import RED, Form, answer_place, answered, bar, button, described, grouped, line, problems_html, row, svg, text_control, unannounced
 from .recipe import FIELDS, make, to_yaml
 
 # %% ../nbs/15a_decision_form.ipynb #590bafcc
@@ -112,7 +112,7 @@ class _Answers(_Questions):
         self._quiet = False
         self.redraw()
 
-# %% ../nbs/15a_decision_form.ipynb #ddba7399
+# %% ../nbs/15a_decision_form.ipynb #57ba1e44
 class DecisionForm(_Answers):
     "A form whose value is a Decision"
     def __init__(self,
@@ -121,7 +121,7 @@ class DecisionForm(_Answers):
         eval_data="",  # evaluation rows, in the same forms
     ):
         self._quiet, self.report = True, None
-        self._build(data, eval_data)
+        with unannounced(): self._build(data, eval_data)
         self._quiet = False
         self.change(**(answers.known() if hasattr(answers, "known") else answers or {}))
 

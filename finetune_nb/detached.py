@@ -53,7 +53,7 @@ def _launch(folder, arguments, cwd, **facts):
     note(folder, status="starting", error="", host=socket.gethostname(), pid=process.pid, born=psutil.Process(process.pid).create_time(), cwd=str(cwd), **facts)
     return folder
 
-# %% ../nbs/14b_detached.ipynb #96272635
+# %% ../nbs/14b_detached.ipynb #90b40d58
 def start(
     recipe,  # a Recipe
     out="runs",  # folder that holds runs
@@ -82,7 +82,8 @@ def go_on(
 
 def _status(folder):
     if not (folder / "run.json").is_file(): raise UserError(Problem(str(folder), "is not a run folder", "List the runs with: finetune-nb runs"))
-    return status(folder)
+    try: return status(folder)
+    except (KeyError, TypeError): raise UserError(Problem(str(folder / "run.json"), "is damaged: it does not say how the run is", "Start a new run with its recipe.yaml")) from None
 
 # %% ../nbs/14b_detached.ipynb #75a4caab
 def interrupt(

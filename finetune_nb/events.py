@@ -163,7 +163,7 @@ def sentence(
     if state.live and state.silent > QUIET: words += f" · no sign of life for {human_time(state.silent)}"
     return plain(" ".join(words.split()))
 
-# %% ../nbs/14c_events.ipynb #e9757b40
+# %% ../nbs/14c_events.ipynb #d707061c
 def look(
     folder,  # a run folder
     events=None,  # its `Events`, if it is looked at again and again
@@ -174,8 +174,10 @@ def look(
     if events.drawn[0] != len(lines): events.drawn = len(lines), curves(lines), alarms(lines)  # a monitor looks more often than a line comes
     state = State(str(folder), "unreadable", stage, said=said, curves=events.drawn[1], alarms=events.drawn[2], checkpoint=_checkpoint(folder))
     try:
-        state.status, facts, state.silent = status(folder), read_json(folder / "run.json", dict), max(0.0, silent(folder))
-        state.error = str(facts.get("error") or "").removeprefix("UserError: ")
+        state.status, facts, state.silent = str(status(folder)), read_json(folder / "run.json", dict), max(0.0, silent(folder))
+        kind, _, text = str(facts.get("error") or "").partition(": ")
+        state.error = text if kind in ("UserError", "NonFinite") else str(facts.get("error") or "")
+        if kind == "NonFinite": state.alarms = [*state.alarms, (lines[-1]["step"] if lines else 0, "not finite", text)]
     except (OSError, KeyError, TypeError, UserError) as e: state.error = shortened(str(e), 300)
     of = [number(e, "max_steps") for e in lines if number(e, "max_steps")]
     state.step, state.of = max(told[0] if state.live else 0, lines[-1]["step"] if lines else 0), int(of[-1]) if of else told[1]

@@ -59,7 +59,7 @@ def convert(
         run_logged(command, log, part, size, f"converting to {outtype}, MiB", say)
     return Path(to)
 
-# %% ../nbs/11a_gguf_files.ipynb #feffb94d
+# %% ../nbs/11a_gguf_files.ipynb #f91f84da
 _QUANTIZE = """
 import ctypes, os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -76,7 +76,7 @@ if vectors:
 sys.exit(L.llama_model_quantize(os.fsencode(source), os.fsencode(to), ctypes.byref(settings)))
 """
 
-
+# %% ../nbs/11a_gguf_files.ipynb #c3fdf38a
 def quantize_gguf(
     source,  # a .gguf file with 16 or 32 bits
     to,  # the .gguf file to make

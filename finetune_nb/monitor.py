@@ -73,7 +73,7 @@ def _doing(state):
     if state.live: return {"stop"} | ({"pause"} if state.status == "running" and not state.asked else set())
     return {"start"} | ({"resume"} if state.status in ("stopped", "failed", "died", "stale") else set())
 
-# %% ../nbs/15c_monitor.ipynb #0cee123f
+# %% ../nbs/15c_monitor.ipynb #5b3b5f0c
 class Face:
     "The widgets of a run, and what brings them up to date"
     def __init__(self,
@@ -97,6 +97,8 @@ class Face:
             self.parts["notes"].value, self.parts["picture"].value = (_notes(state), picture(state)) if state else ("", "")
             if self._handle: self._draw()
             return state
+
+    def ready(self): "What is said before there is a run"; return ""
 
     def press(self, name):
         "What a button does: the method of its name"
@@ -164,7 +166,7 @@ class Watch(Face):
         self._open = False
         for part in self.parts.values(): part.close()
 
-# %% ../nbs/15c_monitor.ipynb #bcb19bc8
+# %% ../nbs/15c_monitor.ipynb #5667b7f7
 class TrainMonitor(Watch):
     "Start, pause, go on with, stop and watch a run"
     def __init__(self,
@@ -192,8 +194,11 @@ class TrainMonitor(Watch):
 
     def start(self):
         "Start a new run; its folder"
-        if self.folder and look(self.folder).live: raise UserError(Problem(self.value, "has not ended", "Pause or stop it first"))
-        return self._show(detached.start(self.recipe or load(self.folder / "recipe.yaml"), self.out))
+        recipe = self.recipe or load(self.folder / "recipe.yaml")
+        if other := self.folder if self.folder and look(self.folder).live else going_on(recipe, self.out):
+            self._show(other)
+            raise UserError(Problem(str(other), "has not ended", "It is shown here; pause or stop it first"))
+        return self._show(detached.start(recipe, self.out))
 
     def resume(self, override=()):
         "Go on from the newest checkpoint that verifies; its folder"

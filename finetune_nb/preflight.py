@@ -61,7 +61,7 @@ def export_targets(
     if problems := [f for f in found if isinstance(f, Problem)]: raise UserError(problems)
     return list(dict.fromkeys(found))
 
-# %% ../nbs/12e_preflight.ipynb #966d7524
+# %% ../nbs/12e_preflight.ipynb #518babc6
 def allowed_problems(
     recipe,  # a Recipe
     wanted,  # Targets
@@ -81,9 +81,9 @@ def disk_needed(
     wanted,  # Targets
 ):
     "Bytes of all that is written, with what is needed in between at the same time"
-    files = {"merged": 2 * total, "adapter": 4 * adapter, "gguf-lora": 2 * adapter}
+    files = {"merged": 2 * total, "adapter": 4 * adapter, "gguf-lora": 2 * adapter + 2 * total}  # a GGUF adapter goes with its base
     level = lambda t: int(total * LEVELS[t.level][3] / 8) if t.level else files[t.kind]
-    between = 4 * total if any(t.level for t in wanted) else 0  # merged, and as a 16-bit GGUF file
+    between = 4 * total if any(t.level or t.kind == "gguf-lora" for t in wanted) else 0  # a folder in 16 bits, and that as a GGUF file
     return sum(map(level, wanted)) + between + (64 << 20)
 
 # %% ../nbs/12e_preflight.ipynb #11026f20

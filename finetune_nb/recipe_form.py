@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'layers_html', 'problems_of', 'settings_of', 'machine_of', 'outputs', 'RecipeForm']
 
-# %% ../nbs/15_recipe_form.ipynb #cd93c05e
+# %% ../nbs/15_recipe_form.ipynb #03599bbf
 from pathlib import Path
 
 import ipywidgets as W
@@ -15,7 +15,7 @@ from .cards import CARDS, from_machine
 from .core import UserError, escaped, human_bytes, write_atomic
 from .facts import table
 from .fit import smallest_change, suggestion
-from .forms import Form, answer_place, answered, button, control, described, fill, grouped, help_html, memory_sentence, memory_svg, problems_html, read, row, text_control
+from .forms import Form, answer_place, answered, button, control, described, fill, grouped, help_html, memory_sentence, memory_svg, problems_html, read, row, text_control, unannounced
 from .hardware import Machine, choose, cores, dtype_problems, machine
 from .known import KNOWN, known
 from .memory import plan
@@ -244,7 +244,7 @@ class _Planned(_Settings):
         shapes, (card, m) = self.shapes(), self.place()
         return shapes and plan(shapes, setup(self.value, m, shapes), card)
 
-# %% ../nbs/15_recipe_form.ipynb #ccc5abf4
+# %% ../nbs/15_recipe_form.ipynb #06fed39f
 class RecipeForm(_Planned):
     "A form whose value is a Recipe; `form.value = recipe` fills it in"
     def __init__(self,
@@ -254,7 +254,7 @@ class RecipeForm(_Planned):
         machine=None,  # a hardware.Machine, if this one was looked at already
     ):
         self._quiet, self._seen, self._found, self.machine = True, {}, {}, machine
-        _build(self, card, folder)
+        with unannounced(): _build(self, card, folder)
         self._quiet = False
         self.value = recipe or make("stock", tracker=FIELDS["tracker"].default)
 
