@@ -156,8 +156,9 @@ def push(args):
 
 # %% ../nbs/16_verbs.ipynb #7f4a0c0d
 def convert(args):
-    "A recipe from a file of another tool, and what became of each of its settings: {recipe, settings, problems, …}"
+    "Another tool's training file as a recipe, with a receipt of every setting: {file, tool, counts, settings, values, recipe, problems, …}"
     from finetune_nb.convert import convert as read, write_recipe
-    found = read(args.file)
-    written = [str(write_recipe(found, args.out, args.replace))] if args.out else []
-    return found.to_json() | dict(written=written), found._repr_markdown_()
+    from finetune_nb.receipt import as_json, as_text
+    receipt = read(args.file)
+    written = [str(write_recipe(receipt, args.out, args.replace))] if args.out else []
+    return as_json(receipt) | dict(written=written, stops=sum(p.level != "warning" for p in receipt.problems)), as_text(receipt)
