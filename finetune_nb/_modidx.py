@@ -192,6 +192,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'finetune_nb.checkpoint.sync': ('checkpoint.html#sync', 'finetune_nb/checkpoint.py')},
             'finetune_nb.cli': { 'finetune_nb.cli._Parser': ('cli.html#_parser', 'finetune_nb/cli.py'),
                                  'finetune_nb.cli._Parser.error': ('cli.html#_parser.error', 'finetune_nb/cli.py'),
+                                 'finetune_nb.cli._after': ('cli.html#_after', 'finetune_nb/cli.py'),
                                  'finetune_nb.cli._finished': ('cli.html#_finished', 'finetune_nb/cli.py'),
                                  'finetune_nb.cli._typed': ('cli.html#_typed', 'finetune_nb/cli.py'),
                                  'finetune_nb.cli.bakeoff': ('cli.html#bakeoff', 'finetune_nb/cli.py'),

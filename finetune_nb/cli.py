@@ -134,6 +134,20 @@ class _Parser(argparse.ArgumentParser):
     "Tells a mistyped command as a problem like any other"
     def error(self, message): raise UserError(Problem("command line", message, f"See: {self.prog} --help"))
 
+# %% ../nbs/16a_cli.ipynb #a7d3c0f1
+def _after(verb, trusted):
+    "The verbs for what a run becomes"
+    licences = [(["--license"], dict(default="", metavar="ID", help="licence of the result, where the base leaves the choice")), (["--data-license"], dict(default="", metavar="ID", help="licence of the data, where it does not say")), (["--language"], dict(default="", metavar="A,B", help="languages of the data, e.g. en,de")),
+                (["--repo"], dict(default="", metavar="OWNER/NAME", help="address it will have, for the card")), (["--samples"], dict(type=int, default=0, metavar="N", help="held-out rows to show in the card; they become public"))]
+    verb("quantize", quantize, (["run"], dict(metavar="RUN", help="a run folder")), (["--formats"], dict(default="quick", metavar="A,B", help="formats and groups: all, quick, gguf, imatrix, bnb, plain, compressed")), (["--rows"], dict(type=int, default=40, metavar="N", help="held-out rows to measure on")), (["--calibration"], dict(type=int, default=64, metavar="N", help="training rows to calibrate with")),
+         (["--threads"], dict(type=int, default=0, metavar="N", help="processor threads; all if not given")), (["--keep"], dict(action="store_true", help="keep every file that is made")), (["--out"], dict(default="", metavar="DIR", help="the folder to make; quantize/ in the run if not given")), trusted)
+    verb("export", export, (["run"], dict(metavar="RUN", help="a run folder")), (["--to"], dict(default="merged", metavar="A,B", help="merged, adapter, gguf:LEVEL, gguf-lora, ollama:LEVEL; a level is f16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, q3_k_m or q2_k, some with -imatrix")), (["--dtype"], dict(choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="format of a merge; auto is the base's own")),
+         (["--out"], dict(default="", metavar="DIR", help="the folder to make; exports/ in the run if not given")), (["--replace"], dict(action="store_true", help="take the place of an earlier export")), (["--rows"], dict(type=int, default=40, metavar="N", help="held-out rows for the certificate")), *licences, trusted)
+    verb("card", card, (["folder"], dict(metavar="FOLDER", help="an exported folder")), (["--run"], dict(default="", metavar="RUN", help="the run it came from, if it is not in that run")), *licences)
+    verb("push", push, (["folder"], dict(metavar="FOLDER", help="an exported folder")), (["repo"], dict(metavar="OWNER/NAME", help="where it goes")), (["--yes"], dict(action="store_true", help="send it; without this it is only said what would be sent")), (["--public"], dict(action="store_true", help="everybody may see it")),
+         (["--message"], dict(default="", metavar="TEXT", help="of the commit")), (["--unknown-license"], dict(action="store_true", help="publish although a licence is unknown")))
+    verb("convert", convert, (["file"], dict(metavar="FILE", help="a TRL, PEFT or Unsloth script or notebook, an Axolotl or LLaMA-Factory file, a shell script that starts one")), (["--out"], dict(default="", metavar="FILE", help="write the recipe here")), (["--replace"], dict(action="store_true", help="take the place of a file that is there")))
+
 # %% ../nbs/16a_cli.ipynb #a9ce43b9
 def parser():
     "The command line's parser"
@@ -168,16 +182,7 @@ def parser():
     verb("stop", stop, (["run"], dict(metavar="RUN", help="a run folder")))
     verb("rerun", rerun, (["run"], dict(metavar="RUN", help="a run folder")), trusted, out(""))
     verb("runs", list_runs, out("runs"))
-    licences = [(["--license"], dict(default="", metavar="ID", help="licence of the result, where the base leaves the choice")), (["--data-license"], dict(default="", metavar="ID", help="licence of the data, where it does not say")), (["--language"], dict(default="", metavar="A,B", help="languages of the data, e.g. en,de")),
-                (["--repo"], dict(default="", metavar="OWNER/NAME", help="address it will have, for the card")), (["--samples"], dict(type=int, default=0, metavar="N", help="held-out rows to show in the card; they become public"))]
-    verb("quantize", quantize, (["run"], dict(metavar="RUN", help="a run folder")), (["--formats"], dict(default="quick", metavar="A,B", help="formats and groups: all, quick, gguf, imatrix, bnb, plain, compressed")), (["--rows"], dict(type=int, default=40, metavar="N", help="held-out rows to measure on")), (["--calibration"], dict(type=int, default=64, metavar="N", help="training rows to calibrate with")),
-         (["--threads"], dict(type=int, default=0, metavar="N", help="processor threads; all if not given")), (["--keep"], dict(action="store_true", help="keep every file that is made")), (["--out"], dict(default="", metavar="DIR", help="the folder to make; quantize/ in the run if not given")), trusted)
-    verb("export", export, (["run"], dict(metavar="RUN", help="a run folder")), (["--to"], dict(default="merged", metavar="A,B", help="merged, adapter, gguf:LEVEL, gguf-lora, ollama:LEVEL; a level is f16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, q3_k_m or q2_k, some with -imatrix")), (["--dtype"], dict(choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="format of a merge; auto is the base's own")),
-         (["--out"], dict(default="", metavar="DIR", help="the folder to make; exports/ in the run if not given")), (["--replace"], dict(action="store_true", help="take the place of an earlier export")), (["--rows"], dict(type=int, default=40, metavar="N", help="held-out rows for the certificate")), *licences, trusted)
-    verb("card", card, (["folder"], dict(metavar="FOLDER", help="an exported folder")), (["--run"], dict(default="", metavar="RUN", help="the run it came from, if it is not in that run")), *licences)
-    verb("push", push, (["folder"], dict(metavar="FOLDER", help="an exported folder")), (["repo"], dict(metavar="OWNER/NAME", help="where it goes")), (["--yes"], dict(action="store_true", help="send it; without this it is only said what would be sent")), (["--public"], dict(action="store_true", help="everybody may see it")),
-         (["--message"], dict(default="", metavar="TEXT", help="of the commit")), (["--unknown-license"], dict(action="store_true", help="publish although a licence is unknown")))
-    verb("convert", convert, (["file"], dict(metavar="FILE", help="a TRL, PEFT or Unsloth script or notebook, an Axolotl or LLaMA-Factory file, a shell script that starts one")), (["--out"], dict(default="", metavar="FILE", help="write the recipe here")), (["--replace"], dict(action="store_true", help="take the place of a file that is there")))
+    _after(verb, trusted)
     verb("compare", compare, (["a"], dict(metavar="A", help="a run folder")), (["b"], dict(metavar="B", help="another")))
     return top
 

@@ -147,7 +147,7 @@ class State:
 
     def __str__(self): return f"{Path(self.run).name}: {sentence(self)}"
 
-
+# %% ../nbs/14c_events.ipynb #2f14ab7d
 def sentence(
     state,  # from `look`
 ):

@@ -160,7 +160,6 @@ class Watch(Face):
             raise
         if self._handle: self._draw(last=True)
         return self.state
-
     def close(self):
         "Look no longer; the run goes on"
         self._open = False
@@ -178,20 +177,16 @@ class TrainMonitor(Watch):
         if recipe is None and not run: raise UserError(Problem("recipe", "is missing", "Give a Recipe to start, or the folder of a run to show"))
         self.recipe, self.out = recipe, Path(run).parent if run and recipe is None else Path(out)
         super().__init__(run or going_on(recipe, out) or "", every)
-
     @property
     def value(self):
         "The run's folder, or an empty text"
         return str(self.folder or "")
-
     def ready(self):
         "What is said before there is a run"
         return f"Ready. Start trains {self.recipe.model} on {self.recipe.data} ({self.recipe.method})."
-
     def _show(self, folder):
         with self._one: self.folder, self._events = folder, None
         return folder
-
     def start(self):
         "Start a new run; its folder"
         recipe = self.recipe or load(self.folder / "recipe.yaml")
@@ -199,7 +194,6 @@ class TrainMonitor(Watch):
             self._show(other)
             raise UserError(Problem(str(other), "has not ended", "It is shown here; pause or stop it first"))
         return self._show(detached.start(recipe, self.out))
-
     def resume(self, override=()):
         "Go on from the newest checkpoint that verifies; its folder"
         return self._show(detached.go_on(_folder(self), override, bool(self.recipe and self.recipe.trust_remote_code)))

@@ -109,7 +109,7 @@ def ask_model(
     said = answers(model, tokenizer, chat, stop, longest) if chat else Said([], [], [], 0.0)
     return _together(rows, encoded, log_probs(model, encoded), said, label_field)
 
-
+# %% ../nbs/12_said.ipynb #b8163841
 def ask_gguf(
     gguf,  # an open GGUF file
     rows,  # normalised rows

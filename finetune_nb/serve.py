@@ -132,7 +132,7 @@ def write_serving(
     else: _serve_safetensors(folder, run, context, ollama, attempt, found)
     return found
 
-
+# %% ../nbs/12b_serve.ipynb #a8072a99
 def _serve_gguf(folder, run, context, ollama, attempt, found):
     "llama.cpp and Ollama"
     file, lora, tokenizer = gguf_file(folder).name, LORA if (folder / LORA).is_file() else "", load_tokenizer(run.recipe.model, run.revision, run.recipe.trust_remote_code)

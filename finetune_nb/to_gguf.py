@@ -91,7 +91,7 @@ def _shown(file, say):
     say(f"{file.name}: {mix}")
     return asdict(mix) | dict(fell_back=len(mix.fell_back))
 
-
+# %% ../nbs/12c_to_gguf.ipynb #badb782d
 def export_gguf(
     run,  # a Run, or a run folder
     to,  # the folder to make
