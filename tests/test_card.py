@@ -87,7 +87,7 @@ def test_figures_of_another_model_are_not_in_the_head(tmp_path):
 def test_an_adapter_is_started_with_its_base(tmp_path):
     made = run_at(tmp_path / "run", base_at(tmp_path / "base")), export_at(tmp_path / "bot", "gguf-lora", adapter__gguf=b"GGUF....", **{"base-f16__gguf": b"GGUF...."})
     data, text = written(made)
-    assert "llama-server -m base-f16.gguf --lora adapter.gguf" in text and data.base_model_relation is None
+    assert "llama-server -m base-f16.gguf --lora adapter.gguf" in text and data.get("base_model_relation") is None
 
 
 def test_only_what_is_there_is_told(made):
