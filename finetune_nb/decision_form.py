@@ -17,8 +17,8 @@ from .decide import APPROACHES, decide, picture
 from .forms import RED, Form, answer_place, answered, bar, button, described, grouped, line, problems_html, row, svg, text_control, unannounced
 from .recipe import FIELDS, make, to_yaml
 
-# %% ../nbs/15a_decision_form.ipynb #590bafcc
-_OPEN, _WORDS = "not known", {True: "yes", False: "no"}
+# %% ../nbs/15a_decision_form.ipynb #f995cc7b
+_OPEN, _WORDS = ("not known", "unknown"), {True: "yes", False: "no"}
 
 
 def ask(
@@ -27,7 +27,7 @@ def ask(
     "The control of a question, still open"
     q, (kind, choices) = QUESTIONS[name], KINDS[name]
     if not choices: return text_control(name, "", q.question)
-    return described(W.Dropdown(options=[(_OPEN, None), *((_WORDS.get(c, c), c) for c in choices)], value=None, description=name), q.question)
+    return described(W.Dropdown(options=[_OPEN, *((_WORDS.get(c, c), c) for c in choices)], value="unknown", description=name), q.question)
 
 
 def question_html(
@@ -91,7 +91,7 @@ class _Questions(Form):
         self.report, self.counted.value = None, "These rows are not counted yet."
         self.redraw()
 
-# %% ../nbs/15a_decision_form.ipynb #16c27dc3
+# %% ../nbs/15a_decision_form.ipynb #b521fff4
 class _Answers(_Questions):
     "The controls of a DecisionForm as a Decision"
     @property
@@ -108,7 +108,7 @@ class _Answers(_Questions):
     def change(self, **values):
         "Give some answers, as if they were typed; None opens a question again"
         self._quiet = True
-        for n, v in values.items(): self.controls[n].value = v if isinstance(self.controls[n], W.Dropdown) else "" if v is None else str(v)
+        for n, v in values.items(): self.controls[n].value = ("unknown" if v is None else v) if isinstance(self.controls[n], W.Dropdown) else "" if v is None else str(v)
         self._quiet = False
         self.redraw()
 

@@ -258,8 +258,8 @@ def bar(
     "A bar in an SVG picture"
     return f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{height:.1f}" fill="{color}"><title>{escaped(title)}</title></rect>'
 
-# %% ../nbs/15_forms.ipynb #34c048e4
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#8c6d31", "#a0a000", "#7f7f7f", "#b0b0b0")  # the first six: Okabe and Ito's palette for all kinds of colour vision
+# %% ../nbs/15_forms.ipynb #16a68382
+COLORS = {"weights": "#0072B2", "activations": "#E69F00", "block": "#009E73", "optimizer": "#D55E00", "gradients": "#CC79A7", "adapters": "#56B4E9", "logits": "#8c6d31", "temporaries": "#a0a000"}  # the first six: Okabe and Ito's palette for all kinds of colour vision; the rest is grey
 
 
 def memory_parts(
@@ -279,7 +279,7 @@ def memory_sentence(
     fits = "" if plan.fits is None else f"{'fits' if plan.fits else 'does not fit'} {plan.card} ({human_bytes(plan.usable)}): "
     return f"{plan.model}, {plan.setup.method}, {fits}{plan.process} at the peak"
 
-# %% ../nbs/15_forms.ipynb #6ba808da
+# %% ../nbs/15_forms.ipynb #217470bb
 def memory_svg(
     plan,  # a MemoryPlan
     paper=False,  # as in `svg`
@@ -288,15 +288,15 @@ def memory_svg(
     parts, p = memory_parts(plan), plan.process
     scale = 430 / (1.03 * max(plan.usable, p.high))
     drawn, x, told = [], 5.0, f"{'Fits' if plan.fits else 'Does not fit'} on {plan.card}" if plan.usable else "Peak memory"
-    for (name, n), color in zip(parts.items(), COLORS + COLORS):
-        drawn.append(bar(x, 22, n * scale, 24, color, f"{name}: {human_bytes(n)}"))
+    for name, n in parts.items():
+        drawn.append(bar(x, 22, n * scale, 24, COLORS.get(name, "#8f8f8f"), f"{name}: {human_bytes(n)}"))
         x += n * scale
     span = f'<path d="M{5 + p.low * scale:.1f} 50v6M{5 + p.high * scale:.1f} 50v6M{5 + p.low * scale:.1f} 53H{5 + p.high * scale:.1f}" stroke="currentColor"/>'
     drawn += [line(5, 14, f"{told}: {p}", font_weight="bold"), span]
     if plan.usable:
         at = 5 + plan.usable * scale
-        drawn += [f'<path d="M{at:.1f} 18V60" stroke="{"#2e9e4f" if plan.fits else RED}" stroke-width="3"/>', line(min(at, 435), 72, f"{plan.card} {human_bytes(plan.usable)}", text_anchor="end")]
-    for i, ((name, n), color) in enumerate(zip(parts.items(), COLORS + COLORS)):
+        drawn += [f'<path d="M{at:.1f} 18V60" stroke="{"#2e9e4f" if plan.fits else RED}" stroke-width="3"/>', line(at, 72, f"{plan.card} {human_bytes(plan.usable)}", text_anchor="end" if at > 220 else "start")]
+    for i, (name, n) in enumerate(parts.items()):
         left, top = 5 + 220 * (i % 2), 80 + 16 * (i // 2)
-        drawn += [bar(left, top, 10, 10, color), line(left + 15, top + 9.5, f"{name} {human_bytes(n)}")]
+        drawn += [bar(left, top, 10, 10, COLORS.get(name, "#8f8f8f")), line(left + 15, top + 9.5, f"{name} {human_bytes(n)}")]
     return svg(88 + 16 * ((len(parts) + 1) // 2), memory_sentence(plan), drawn, paper)

@@ -190,14 +190,15 @@ class _Settings(Form):
         if change["owner"] is model and name in KNOWN and name not in EMBEDDED: model.value = KNOWN[name].hub
         else: self.redraw()
 
-# %% ../nbs/15_recipe_form.ipynb #81f1fce1
+# %% ../nbs/15_recipe_form.ipynb #905c050f
 def _memory(self, recipe, shapes):
     "Show the memory of a recipe, and what would make it fit"
     found, card = self.plan(), self.place()[0]
     fit = smallest_change(shapes, found.setup, card) if found.fits is False else None
     self._found = settings_of(recipe, found.setup, fit.setup) if fit and fit.fits else {}
     steps = "".join(f"<li>{escaped(s.name)}: saves {human_bytes(s.saves)}; {escaped(s.price)}</li>" for s in fit.steps) if self._found else ""
-    told = f'What would make it fit:<ul style="margin:.2em 0;padding-left:1.2em">{steps}</ul>' + escaped(", ".join(f"{k}: {v}" for k, v in self._found.items())) if steps else escaped(fit or suggestion(shapes, found, card))
+    words = str(fit or suggestion(shapes, found, card))
+    told = f'What would make it fit:<ul style="margin:.2em 0;padding-left:1.2em">{steps}</ul>' + escaped(", ".join(f"{k}: {v}" for k, v in self._found.items())) if steps else escaped(words[:1].upper() + words[1:])
     return memory_svg(found), f"{escaped(memory_sentence(found))}. {told}"
 
 

@@ -229,6 +229,13 @@ def test_the_button_makes_it_fit(card, values):
     assert form.plan().fits, form.value
 
 
+def test_the_name_of_the_card_stays_in_the_picture():
+    "Also where the card's line is far to the left"
+    form = RecipeForm(make("stock", model="meta-llama/Llama-3.1-70B", method="full"), card="RTX 3060 12GB")
+    x, anchor = re.search(r'<text x="([\d.]+)" y="72.0" text-anchor="(\w+)">RTX 3060', form.memory.value).groups()
+    assert anchor == "start" and float(x) < 220
+
+
 def test_the_button_is_offered_at_all():
     form = RecipeForm(make("stock", model="Qwen/Qwen3-4B", batch_size=64, gradient_checkpointing=False), card="RTX 4090")
     assert form.plan().fits is False and form.fit.layout.display == "" and form._found
@@ -241,6 +248,12 @@ def test_every_question_has_exactly_one_control():
     assert sorted(w.description for w in everything(form) if isinstance(w, (W.Text, W.Dropdown)) and w.description in QUESTIONS) == sorted(QUESTIONS)
     shown = "".join(w.value for w in everything(form) if isinstance(w, W.HTML))
     for q in QUESTIONS.values(): assert q.question.split("'")[0] in shown
+
+
+def test_an_open_question_says_so():
+    "A choice of None would show as an empty box"
+    form = DecisionForm()
+    assert {c.label for c in form.controls.values() if isinstance(c, W.Dropdown)} == {"not known"} and form.answers.known() == {}
 
 
 def test_answers_survive_the_form():
