@@ -130,7 +130,6 @@ def test_importance_lowers_the_error_that_counts(level, vectors, f16, rows, tmp_
     assert [n for n in vectors if with_it[n] > 1.02 * without[n]] == []
     exact, kl = llama_logits(f16, rows).log_softmax(-1), {}
     for name in ("with", "without"): kl[name] = float((exact.exp() * (exact - llama_logits(tmp_path / f"{name}.gguf", rows).log_softmax(-1))).sum(-1).mean())
-    print(level, kl)
     assert kl["with"] < kl["without"]
     assert mix.fell_back and set(re.findall("did not find weights for (\\S+)", log.read_text())) == {"token_embd.weight"} and not any("rounded without it" in line for line in told)
 
@@ -175,12 +174,12 @@ def test_an_adapter_has_the_effect_that_was_trained(rs, model, f16, rows, place,
     made_of = convert_lora(folder, model, tmp_path / "lora.gguf", say=quiet)
     assert gguf_head(made_of)[0]["adapter.lora.alpha"] == 8 * (4 if rs else 1)
     with torch.inference_mode(): wanted = torch.stack([made(input_ids=torch.tensor([r["input_ids"]])).logits[0] for r in rows])
-    far = lambda logits: float((logits - wanted).abs().max() / wanted.std())
-    assert far(llama_logits(f16, rows, made_of)) < 0.05
-    assert far(llama_logits(f16, rows)) > 1, "the control: the adapter does change the answers"
+    far = lambda logits: float((logits - wanted).square().mean().sqrt() / wanted.std())
+    assert far(llama_logits(f16, rows, made_of)) < 0.01  # 0.003 were measured, 0.6 to 1.2 for the two controls
+    assert far(llama_logits(f16, rows)) > 0.5, "the control: the adapter does change the answers"
     if not rs: return
     conversion.run_logged([sys.executable, "-B", conversion.converter() / "convert_lora_to_gguf.py", folder, "--base", model, "--outfile", tmp_path / "naive.gguf"])
-    assert far(llama_logits(f16, rows, tmp_path / "naive.gguf")) > 0.5, "the control: without care the scale is lost"
+    assert far(llama_logits(f16, rows, tmp_path / "naive.gguf")) > 0.2, "the control: without care the scale is lost"
 
 
 @pytest.mark.parametrize("settings, words", [
