@@ -40,16 +40,16 @@ def _notes(state):
     rows = "".join(f"<tr>{''.join(map(cell, s[1:]))}</tr>" for s in state.samples[:5])
     return found + (f'<table style="line-height:1.35"><caption style="text-align:left">Answers at step {state.samples[0][0]}</caption><tr><th>asked</th><th>answered</th><th>wanted</th></tr>{rows}</table>' if rows else "")
 
-# %% ../nbs/15c_monitor.ipynb #b3a997ff
-BUTTONS = dict(start=("Start", "play", "Train with this recipe, as a process of its own"), pause=("Pause", "pause", "Stop after this step, with a checkpoint: nothing is lost"),
-               resume=("Resume", "forward", "Go on from the newest checkpoint that verifies"), stop=("Stop", "stop", "Stop at once; what was done since the newest checkpoint is lost"))
+# %% ../nbs/15c_monitor.ipynb #6b8c1550
+BUTTONS = dict(start=("Start", "Train with this recipe, as a process of its own"), pause=("Pause", "Stop after this step, with a checkpoint: nothing is lost"),
+               resume=("Resume", "Go on from the newest checkpoint that verifies"), stop=("Stop", "Stop at once; what was done since the newest checkpoint is lost"))
 SURE = 10  # seconds within which a second press on Stop counts
 
 
 def _face():
     "{name: widget} of the parts, and the box that holds them"
     wide = W.Layout(width="auto", max_width="640px")
-    parts = {name: W.Button(description=words, icon=icon, tooltip=tip, layout=W.Layout(width="auto", min_width="86px")) for name, (words, icon, tip) in BUTTONS.items()}
+    parts = {name: W.Button(description=words, tooltip=tip, layout=W.Layout(width="auto", min_width="86px")) for name, (words, tip) in BUTTONS.items()}
     row = W.HBox(list(parts.values()), layout=W.Layout(flex_flow="row wrap", width="100%"))
     parts |= dict(said=W.HTML(layout=wide), bar=W.IntProgress(0, 0, 1, description="steps", layout=wide), message=W.HTML(layout=wide), notes=W.HTML(layout=wide), picture=W.HTML(layout=wide))
     parts["box"] = W.VBox([parts["said"], parts["bar"], row, parts["message"], parts["notes"], parts["picture"]], layout=W.Layout(width="100%", overflow="hidden"))
@@ -73,7 +73,7 @@ def _doing(state):
     if state.live: return {"stop"} | ({"pause"} if state.status == "running" and not state.asked else set())
     return {"start"} | ({"resume"} if state.status in ("stopped", "failed", "died", "stale") else set())
 
-# %% ../nbs/15c_monitor.ipynb #5b3b5f0c
+# %% ../nbs/15c_monitor.ipynb #1e31480f
 class Face:
     "The widgets of a run, and what brings them up to date"
     def __init__(self,
@@ -108,11 +108,14 @@ class Face:
             self._sure = 0.0
             try: getattr(self, name)()
             except UserError as e: self.problems, words = e.problems, str(e)
-            except OSError as e: self.problems, words = [Problem(str(self.folder or self.out), str(e), "")], str(e)
-        self.parts["message"].value = f'<div role="alert" style="line-height:1.45;white-space:pre-wrap;overflow-wrap:anywhere">{escaped(words)}</div>' if words else ""
+            except OSError as e: self.problems, words = [Problem(str(self.folder), str(e), "")], str(e)
+        self.parts["message"].value = _alert(words)
         self.refresh()
 
-# %% ../nbs/15c_monitor.ipynb #32fff01e
+# %% ../nbs/15c_monitor.ipynb #b590a347
+def _alert(words): return f'<div role="alert" style="line-height:1.45;white-space:pre-wrap;overflow-wrap:anywhere">{escaped(words)}</div>' if words else ""
+
+
 def _folder(monitor):
     if not monitor.folder: raise UserError(Problem("run", "there is none yet", "Start one first"))
     return monitor.folder
@@ -123,9 +126,14 @@ def _before_stopping(state):
     lost = f"{max(0, state.step - int(kept or 0))} steps since {f'checkpoint {kept}' if kept else 'the beginning'} would be lost" if state and state.step else "it has not trained yet"
     return f"Stop at once? {lost[0].upper()}{lost[1:]}. Press Stop again to do it; Pause loses nothing."
 
-# %% ../nbs/15c_monitor.ipynb #598c47c1
+# %% ../nbs/15c_monitor.ipynb #466be307
 class Watch(Face):
     "A face that is shown and looks on by itself"
+    def close(self):
+        "Look no longer; the run goes on"
+        self._open = False
+        for part in self.parts.values(): part.close()
+
     def _draw(self, last=False):
         state = self.state or State("no run yet", "ready")
         new = (picture(state, str(state)), last)
@@ -141,13 +149,8 @@ class Watch(Face):
         if where != "none": display(self.parts["box"])
         if where in ("unknown", "none"): self._draw(last=not (self.state and self.state.live))
         if where in ("live", "unknown") and not self._thread:
-            self._thread = threading.Thread(target=self._look_on, daemon=True, name="monitor")
+            self._thread = threading.Thread(target=_look_on, args=(self,), daemon=True, name="monitor")
             self._thread.start()
-
-    def _look_on(self):
-        while self._open:
-            began, state = time.monotonic(), self.refresh()
-            time.sleep(max(self.every * (1 if state and state.live else 5), 9 * (time.monotonic() - began)))
 
     def watch(self):
         "Stay with the run in the foreground until it ends; its `State`"
@@ -156,16 +159,18 @@ class Watch(Face):
         try:
             while self.refresh().live: time.sleep(self.every)
         except KeyboardInterrupt:
-            self.parts["message"].value = "No longer watching. The run goes on; Pause or Stop ends it."
+            self.parts["message"].value = _alert("No longer watching. The run goes on; Pause or Stop ends it.")
             raise
         if self._handle: self._draw(last=True)
         return self.state
-    def close(self):
-        "Look no longer; the run goes on"
-        self._open = False
-        for part in self.parts.values(): part.close()
 
-# %% ../nbs/15c_monitor.ipynb #5667b7f7
+# %% ../nbs/15c_monitor.ipynb #0ce3f147
+def _look_on(face):
+    while face._open:
+        began, state = time.monotonic(), face.refresh()
+        time.sleep(max(face.every * (1 if state and state.live else 5), 9 * (time.monotonic() - began)))
+
+# %% ../nbs/15c_monitor.ipynb #2897872a
 class TrainMonitor(Watch):
     "Start, pause, go on with, stop and watch a run"
     def __init__(self,
@@ -177,23 +182,21 @@ class TrainMonitor(Watch):
         if recipe is None and not run: raise UserError(Problem("recipe", "is missing", "Give a Recipe to start, or the folder of a run to show"))
         self.recipe, self.out = recipe, Path(run).parent if run and recipe is None else Path(out)
         super().__init__(run or going_on(recipe, out) or "", every)
-    @property
-    def value(self):
-        "The run's folder, or an empty text"
-        return str(self.folder or "")
+
+    value = property(lambda self: str(self.folder or ""), doc="The run's folder, or an empty text")
+
     def ready(self):
         "What is said before there is a run"
         return f"Ready. Start trains {self.recipe.model} on {self.recipe.data} ({self.recipe.method})."
+
     def _show(self, folder):
         with self._one: self.folder, self._events = folder, None
         return folder
+
     def start(self):
         "Start a new run; its folder"
-        recipe = self.recipe or load(self.folder / "recipe.yaml")
-        if other := self.folder if self.folder and look(self.folder).live else going_on(recipe, self.out):
-            self._show(other)
-            raise UserError(Problem(str(other), "has not ended", "It is shown here; pause or stop it first"))
-        return self._show(detached.start(recipe, self.out))
+        return self._show(_start(self))
+
     def resume(self, override=()):
         "Go on from the newest checkpoint that verifies; its folder"
         return self._show(detached.go_on(_folder(self), override, bool(self.recipe and self.recipe.trust_remote_code)))
@@ -206,6 +209,14 @@ class TrainMonitor(Watch):
         if not (self.refresh() and self.state.live): self.start()
         if (state := self.watch()).status != "done": raise runs.RunFailed(str(state))
         return state
+
+# %% ../nbs/15c_monitor.ipynb #16ee0e1b
+def _start(monitor):
+    recipe = monitor.recipe or load(monitor.folder / "recipe.yaml")
+    if other := monitor.folder if monitor.folder and look(monitor.folder).live else going_on(recipe, monitor.out):
+        monitor._show(other)
+        raise UserError(Problem(str(other), "has not ended", "It is shown here; pause or stop it first"))
+    return detached.start(recipe, monitor.out)
 
 # %% ../nbs/15c_monitor.ipynb #75024377
 def attach(
