@@ -78,7 +78,7 @@ def reading_checks(
 ):
     "Does the export read what the trained model read?"
     asked, before, after = [r["prompt"] for r in rows if "prompt" in r], reader(theirs), reader(ours)
-    same = sum(before.prompt(p) == after.prompt(p) for p in asked)
+    same = sum(before.prompt(p) == after.prompt(p) and before.whole(p) == after.whole(p) for p in asked)
     whole = sum(before.tokens(t) == after.tokens(t) for t in (theirs.decode(e["input_ids"]) for e in encoded))
     double = lambda by, ids: by.bos is not None and ids[:2] == [by.bos] * 2
     twice = sum(any(double(after, getattr(after, way)(p)) and not double(before, getattr(before, way)(p)) for way in ("prompt", "whole")) for p in asked)
@@ -205,12 +205,13 @@ def export_model(
 
 def _in_transformers(folder, run, kind, rows, encoded, theirs, longest, dtype, device):
     "(reading checks, Answered, stop tokens, facts) of an export that transformers loads"
-    ours, start = export_tokenizer(folder, run.recipe.trust_remote_code), time.monotonic()
+    ours = export_tokenizer(folder, run.recipe.trust_remote_code)
+    reading, start = reading_checks(rows, encoded, theirs, ours), time.monotonic()
     model = export_model(folder, run, kind, dtype)
     seconds, quantized = time.monotonic() - start, getattr(model.config, "quantization_config", None) is not None
     model, stops = model if quantized else model.to(device), export_stops(model, ours)
     asked = ask_model(model, ours, rows, encoded, stops, longest, run.recipe.label_field)
-    return reading_checks(rows, encoded, theirs, ours), asked, stops, dict(bytes=sum(f.stat().st_size for f in shards(folder)), load_seconds=round(seconds, 2), device=device, compute=dtype, quantized=quantized)
+    return reading, asked, stops, dict(bytes=sum(f.stat().st_size for f in shards(folder)), load_seconds=round(seconds, 2), device=device, compute=dtype, quantized=quantized)
 
 # %% ../nbs/12a_certificate.ipynb #77de1363
 LORA = "adapter.gguf"  # the adapter in the folder of a GGUF adapter; the other .gguf file there is its base

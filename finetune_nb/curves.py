@@ -43,7 +43,7 @@ def thinned(
     kept = [p for i in range(0, len(points), size) for p in sorted({f(points[i:i + size], key=lambda q: q[1]) for f in (min, max)})]
     return [points[0], *kept[kept[0] == points[0]:], *([points[-1]] if kept[-1] != points[-1] else [])]
 
-# %% ../nbs/15b_curves.ipynb #2efd7485
+# %% ../nbs/15b_curves.ipynb #df7563fe
 BLUE, ORANGE, RED = "#2f7fd1", "#d9570f", "#d63a3a"
 
 
@@ -51,20 +51,21 @@ def panel(
     curves,  # {key of CURVES: [(step, value), …]}, one or two
     width,  # units
     height,  # units
-    of=0,  # steps in all; the axis ends there
+    of=0,  # steps in all; the axis ends there, once the curve fills most of it
     marks=(),  # (step, word): upright lines
 ):
     "One diagram as SVG elements, its corner at the origin"
     left, right, top, bottom = 38, 8, 17, 16
     points = [p for c in curves.values() for p in c]
-    x1, y0, y1 = max([of, 1, *(s for s, _ in points)]), min([0.0, *(v for _, v in points)]), max(v for _, v in points)
+    last = max([1, *(s for s, _ in points)])
+    x1, y0, y1 = max(last, min(of, 1.6 * last)), min([0.0, *(v for _, v in points)]), max(v for _, v in points)
     y1 = y1 if y1 > y0 else y0 + 1
     X, Y = lambda s: left + (width - left - right) * s / x1, lambda v: height - bottom - (height - top - bottom) * (v - y0) / (y1 - y0)
     words = lambda x, y, text, more="": f'<text x="{x:.1f}" y="{y:.1f}" {more}>{escaped(text)}</text>'
     drawn = []
     for v in ticks(y0, y1, 4 if height > 120 else 3):
         drawn += [f'<line x1="{left}" x2="{width - right}" y1="{Y(v):.1f}" y2="{Y(v):.1f}" stroke="currentColor" stroke-opacity=".18"/>', words(left - 4, Y(v) + 3.5, shown(v), 'text-anchor="end" font-size="9"')]
-    drawn += [words(X(s), height - 4, f"{s:g}", 'text-anchor="middle" font-size="9"') for s in ticks(0, x1, 5 if width > 300 else 2)]
+    drawn += [words(X(s), height - 4, f"{s:g}", f'text-anchor="{"end" if X(s) > width - 14 else "middle"}" font-size="9"') for s in ticks(0, x1, 5 if width > 300 else 2)]
     for step, word in marks:
         drawn += [f'<line x1="{X(step):.1f}" x2="{X(step):.1f}" y1="{top}" y2="{height - bottom}" stroke="{RED}" stroke-dasharray="3 2"/>', words(X(step) + (3 if X(step) < 90 else -3), top + 9, word, f'text-anchor="{"start" if X(step) < 90 else "end"}" font-size="9" fill="{RED}"')]
     name = ""

@@ -6,13 +6,14 @@
 __all__ = ['CURVES', 'ABOVE', 'RISES', 'LIVE', 'QUIET', 'Events', 'number', 'curves', 'time_left', 'overfitting', 'alarms',
            'tail', 'State', 'sentence', 'look', 'follow']
 
-# %% ../nbs/14c_events.ipynb #ae369f48
+# %% ../nbs/14c_events.ipynb #1d822888
 import json, math, os, re, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .core import Problem, UserError, human_time, plain, read_json, shortened
-from .folder import silent, status
+from .detached import condition
+from .folder import silent
 
 # %% ../nbs/14c_events.ipynb #411b6bab
 class Events:
@@ -102,8 +103,8 @@ def alarms(
     if late := overfitting(curves(lines).get("eval_loss", [])): found.append((late[0], "overfitting", late[1]))
     return sorted(found)
 
-# %% ../nbs/14c_events.ipynb #1cea8c0e
-LIVE, QUIET = ("starting", "running"), 60  # seconds: four heartbeats of 14_folder
+# %% ../nbs/14c_events.ipynb #bf36b5c4
+LIVE, QUIET = ("starting", "running", "ending"), 60  # seconds: four heartbeats of 14_folder
 
 
 def tail(
@@ -120,12 +121,12 @@ def tail(
     steps = [m for l in said if (m := re.match(r"train (\d+)/(\d+) ", l))]
     return parts[-1] if parts else "", said[-1] if said else "", (int(steps[-1][1]), int(steps[-1][2])) if steps else (0, 0)
 
-# %% ../nbs/14c_events.ipynb #d810f81e
+# %% ../nbs/14c_events.ipynb #7620be7a
 @dataclass
 class State:
     "How a run is, at one moment"
     run: str  # its folder
-    status: str  # starting, running, done, failed, stopped, died, stale; unreadable if run.json is
+    status: str  # starting, running, ending, done, failed, stopped, died, stale; unreadable if run.json is
     stage: str = ""  # the part it is in, e.g. "4/5 training"
     step: int = 0  # steps done
     of: int = 0  # steps in all; 0 while unknown
@@ -147,14 +148,14 @@ class State:
 
     def __str__(self): return f"{Path(self.run).name}: {sentence(self)}"
 
-# %% ../nbs/14c_events.ipynb #2f14ab7d
+# %% ../nbs/14c_events.ipynb #9e972469
 def sentence(
     state,  # from `look`
 ):
     "What a person should know first, in one line"
     at = f" · step {state.step} of {state.of}" if state.of and state.step < state.of or state.live and state.step else ""
     going_on = f"Resume goes on from {state.checkpoint}" if state.checkpoint else "there is no checkpoint yet, so Resume begins again"
-    ways = dict(starting="starting", running=f"running · {state.stage or 'preparing'}{at}", done=f"done{f': {state.verdict}' if state.verdict else ''}", failed=f"failed{at}: {state.error or 'see log.txt'}",
+    ways = dict(starting="starting", ending=f"ending{at}", running=f"running · {state.stage or 'preparing'}{at}", done=f"done{f': {state.verdict}' if state.verdict else ''}", failed=f"failed{at}: {state.error or 'see log.txt'}",
                 stopped=f"stopped{at}; {going_on}", died=f"died{at}: its process is gone, killed or lost with its machine; {going_on}", stale=f"perhaps dead{at}: it ran on another machine and has been silent for {human_time(state.silent)}; {going_on}",
                 unreadable=f"cannot be read: {state.error}")
     words = ways.get(state.status, state.status)
@@ -163,7 +164,7 @@ def sentence(
     if state.live and state.silent > QUIET: words += f" · no sign of life for {human_time(state.silent)}"
     return plain(" ".join(words.split()))
 
-# %% ../nbs/14c_events.ipynb #d707061c
+# %% ../nbs/14c_events.ipynb #bd26f50b
 def look(
     folder,  # a run folder
     events=None,  # its `Events`, if it is looked at again and again
@@ -174,7 +175,7 @@ def look(
     if events.drawn[0] != len(lines): events.drawn = len(lines), curves(lines), alarms(lines)  # a monitor looks more often than a line comes
     state = State(str(folder), "unreadable", stage, said=said, curves=events.drawn[1], alarms=events.drawn[2], checkpoint=_checkpoint(folder))
     try:
-        state.status, facts, state.silent = str(status(folder)), read_json(folder / "run.json", dict), max(0.0, silent(folder))
+        state.status, facts, state.silent = condition(folder), read_json(folder / "run.json", dict), max(0.0, silent(folder))
         kind, _, text = str(facts.get("error") or "").partition(": ")
         state.error = text if kind in ("UserError", "NonFinite") else str(facts.get("error") or "")
         if kind == "NonFinite": state.alarms = [*state.alarms, (lines[-1]["step"] if lines else 0, "not finite", text)]

@@ -163,7 +163,7 @@ def _compared(job, log_probs):
         found[part] = [row_figures(a, a if job["reference"] else log, scored(r)) for a, log, r in zip(kept, kept if job["reference"] else logs, rows)]
     return found
 
-# %% ../nbs/12f_measure_format.ipynb #6cc8deb7
+# %% ../nbs/12f_measure_format.ipynb #9fd17ac9
 def _in_transformers(job, format):
     "Measure a format in transformers"
     import torch, transformers
@@ -175,13 +175,12 @@ def _in_transformers(job, format):
     torch.set_num_threads(job["threads"])
     tokenizer, compute, empty, start = export_tokenizer(job["model"], job["trust"]), arithmetic(format), resident(), time.monotonic()
     model = load_quantized(job["model"], format, job["trust"])
-    load = time.monotonic() - start
+    load, plain = time.monotonic() - start, 4 if format.name == "fp32" else 2
+    size = stored(model, format.name, plain) if format.engine != "compressed-tensors" else {}  # now: an int8 layer hides its scales once it has computed
     speed, gpu = torch_speed(model, job["speed"]), model.device.type == "cuda"
     memory, running = (torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()) if gpu else (resident(most=True) - empty, resident() - empty)
     found, stops = _compared(job, lambda rows: [log.numpy() for log in log_probs(model, rows, math.inf)]), export_stops(model, tokenizer)
     said = answers(model, tokenizer, job["rows"], stops, job["longest"]) if job["rows"] else None
-    plain = 4 if format.name == "fp32" else 2
-    size = stored(model, format.name, plain) if format.engine != "compressed-tensors" else {}
     return dict(load_seconds=load, memory=memory, running=running, speed=speed, said=list(zip(said.ids, said.ended)) if said else [], stops=sorted(stops), reads=None, device=model.device.type, compute=compute, threads=torch.get_num_threads(), stored=size, **found)
 
 # %% ../nbs/12f_measure_format.ipynb #c34613f7
@@ -223,7 +222,7 @@ def work(
     finite = lambda rows: [[x if math.isfinite(x) else None for x in r] for r in rows]
     write_json(to, found | dict(task=finite(found["task"]), general=finite(found["general"]), seconds=time.monotonic() - start, cpu_seconds=time.process_time()))
 
-# %% ../nbs/12f_measure_format.ipynb #c1469f80
+# %% ../nbs/12f_measure_format.ipynb #6816b114
 def apart(
     code,  # Python code; `arguments` is what is given here
     arguments,  # list of texts
@@ -231,7 +230,7 @@ def apart(
     threads,  # processor threads it may use
 ):
     "Run Python code in a process of its own; a `UserError` says how it ended if not well"
-    environment = os.environ | dict(OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1", PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | dict(OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1", PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     with open(log, "ab") as out:
         at = out.tell()
         child = subprocess.Popen([sys.executable, "-c", f"import sys; arguments = sys.argv[1:]\n{code}", *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment)

@@ -55,7 +55,7 @@ def _face():
     parts["box"] = W.VBox([parts["said"], parts["bar"], row, parts["message"], parts["notes"], parts["picture"]], layout=W.Layout(width="100%", overflow="hidden"))
     return parts
 
-# %% ../nbs/15c_monitor.ipynb #2fe4426d
+# %% ../nbs/15c_monitor.ipynb #d65ddee5
 def going_on(
     recipe,  # a Recipe
     out,  # folder that holds runs
@@ -70,6 +70,7 @@ def going_on(
 def _doing(state):
     "Names of the buttons that make sense now"
     if state is None: return {"start"}
+    if state.status == "ending": return set()
     if state.live: return {"stop"} | ({"pause"} if state.status == "running" and not state.asked else set())
     return {"start"} | ({"resume"} if state.status in ("stopped", "failed", "died", "stale") else set())
 

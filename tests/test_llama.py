@@ -44,7 +44,8 @@ def test_f16_is_the_same_model(sixteen, model, tokenizer, encoded):
     with open_gguf(sixteen, 128) as gguf:
         found, said = divergence(log_probs(model, encoded), [torch.from_numpy(p) for p in gguf.log_probs(encoded)]), gguf_answers(gguf, ROWS, 12)
     assert abs(found["kl"]) < 2e-5 and found["top"] == 1, found
-    assert said.texts == answers(model, tokenizer, ROWS, export_stops(model, tokenizer), 12).texts and all(said.ended)
+    here = answers(model, tokenizer, ROWS, export_stops(model, tokenizer), 12)
+    assert (said.texts, said.ended) == (here.texts, here.ended) and sum(said.ended) >= 6
 
 
 def test_rows_side_by_side_are_computed_as_alone(sixteen, encoded):

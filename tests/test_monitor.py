@@ -65,17 +65,18 @@ def test_a_run_outlives_its_kernel_and_every_end(values, tmp_path):
     until(trained(folder, 5), "steps after the kernel was killed")
     assert runs.status(folder) == "running" and monitor.going_on(make("laptop", **values), tmp_path / "runs") == folder
     monitor.attach(folder).stop()
+    until(lambda: look(folder).status not in ("running", "ending"), "the end", 30)
     assert runs.status(folder) == "stopped" and "Traceback" not in (folder / "log.txt").read_text()
 
     detached.go_on(folder)
     until(trained(folder, 5), "steps after going on")
     process = read_json(folder / "run.json")["pid"]
     os.kill(process, signal.SIGKILL)
-    until(lambda: runs.status(folder) == "died", "a run that was killed")
+    until(lambda: look(folder).status == "died", "a run that was killed, and the process that looked after it has said so")
     assert sentence(look(folder)).startswith("died · step")
     shown = monitor.attach(folder)
     assert not shown.parts["resume"].disabled and shown.parts["pause"].disabled
-    until(lambda: "process was killed" in (folder / "log.txt").read_text(), "its papermill has noticed")
+    assert "process was killed" in (folder / "log.txt").read_text()
 
     shown.press("resume")
     told, following = [], threading.Thread(target=lambda: follow(folder, told.append, 0.2), daemon=True)

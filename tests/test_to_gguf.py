@@ -9,10 +9,11 @@ from test_export import finished
 
 from finetune_nb import certificate, export, job
 from finetune_nb.certificate import LORA, certify, gguf_file
-from finetune_nb.core import UserError, read_json
+from finetune_nb.core import UserError, read_json, write_json
 from finetune_nb.data import save
 from finetune_nb.gguf_files import convert
 from finetune_nb.models import load_tokenizer
+from finetune_nb.recipe import to_yaml
 from finetune_nb.serve import write_serving
 from finetune_nb.tensor_mix import tensor_mix
 from finetune_nb.to_gguf import export_gguf, export_gguf_lora
@@ -110,10 +111,9 @@ def test_a_copy_of_the_file_passes(run, damaged):
     assert not failed(damaged(), run)
 
 
-@pytest.mark.parametrize("level", ["q4_k_m", "q4_0-imatrix"])
-def test_levels(level, run, tmp_path):
-    about, found = export_gguf(run, tmp_path / "out", level, say=quiet), certify(tmp_path / "out", run, say=quiet)
-    assert found.verdict != "fail" and found.facts["quantized"] and about["importance"] == level.endswith("imatrix"), str(found)
+def test_a_level_with_an_importance_matrix(run, tmp_path):
+    about, found = export_gguf(run, tmp_path / "out", "q5_k_m-imatrix", say=quiet), certify(tmp_path / "out", run, say=quiet)
+    assert found.verdict != "fail" and found.facts["quantized"] and about["importance"], str(found)
     assert about["mix"]["types"] == tensor_mix(gguf_file(tmp_path / "out")).types and not [p for p in tmp_path.rglob("*") if p.suffix == ".safetensors"]
 
 
@@ -141,22 +141,10 @@ def test_the_base_without_its_adapter_fails(run, lora, tmp_path):
     assert {"KL to the trained model", "kept of the fine-tune"} <= failed(copy, run)
 
 
-def test_every_weight_trained(base, tiny_rows, tmp_path):
-    run = finished(tmp_path / "run", base, tiny_rows, method="full", learning_rate=3e-3)
-    export_gguf(run, tmp_path / "out", "q8_0", say=quiet)
-    assert certify(tmp_path / "out", run, say=quiet).verdict != "fail"
-    with pytest.raises(UserError, match="trained every weight"): export_gguf_lora(run, tmp_path / "lora", say=quiet)
-
-
-def test_what_an_adapter_cannot_express(base, tiny_rows, tmp_path):
-    run = finished(tmp_path / "run", base, tiny_rows, use_dora=True)
-    with pytest.raises(UserError, match="DoRA"): export_gguf_lora(run, tmp_path / "lora", say=quiet)
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
-
 # ---- what is damaged fails
 
 TEMPLATES = {"another role": TEMPLATE.replace("assistant\n", "model\n"), "no newline": TEMPLATE.replace(END + "\n", END), "no end": TEMPLATE.replace(END, ""), "no prompt for the answer": TEMPLATE.partition("{% if add")[0], "start twice": "{{ bos_token }}" + TEMPLATE,
-             "refuses": "{{ raise_exception('no') }}", "broken": "{% for", "reaches out": "{{ messages.__class__ }}" + TEMPLATE}
+             "refuses": "{{ raise_exception('no') }}", "broken": "{% for", "reaches out": "{{ messages.__class__.__mro__ }}" + TEMPLATE}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -178,9 +166,9 @@ def test_a_swapped_tokenizer_fails(run, damaged, words):
 
 
 def test_another_way_of_cutting_text_fails(run, damaged):
-    "The file says another pre-tokenizer, so that numbers are cut otherwise"
-    rows = [dict(prompt=[dict(role="user", content=f"What is {n} and {n + 7}?")], completion=[dict(role="assistant", content="x")], row=n) for n in range(123456, 123464)]
-    folder = damaged({"tokenizer.ggml.pre": "gpt-2"})
+    "The file names another pre-tokenizer, which cuts before every capital letter"
+    rows = [dict(prompt=[dict(role="user", content=f"JavaScript on GitHub and YouTube, {n}")], completion=[dict(role="assistant", content="x")], row=n) for n in range(8)]
+    folder = damaged({"tokenizer.ggml.pre": "tekken"})
     assert {"prompt tokens", "row tokens"} <= {c.check for c in certify(folder, run, rows, say=quiet).checks if c.verdict == "fail"}
 
 
@@ -236,7 +224,21 @@ def test_an_accident_leaves_nothing(error, run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tokenizer_that_llama_cpp_does_not_know(tiny_model, tiny_rows, tmp_path):
-    run = finished(tmp_path / "run", tiny_model, tiny_rows, max_steps=1)
-    with pytest.raises(UserError, match="pre-tokenizer"): export_gguf(run, tmp_path / "out", say=quiet)
+def changed(run, to, **values):
+    "The run again, its recipe changed"
+    shutil.copytree(run, to)
+    (to / "recipe.yaml").write_text(to_yaml(export.load(run / "recipe.yaml").model_copy(update=values)))
+    return to
+
+
+def test_runs_that_have_no_adapter_for_llama_cpp(run, tmp_path):
+    with pytest.raises(UserError, match="trained every weight"): export_gguf_lora(changed(run, tmp_path / "full", method="full"), tmp_path / "out", say=quiet)
+    dora = changed(run, tmp_path / "dora")
+    write_json(dora / "adapter" / "adapter_config.json", read_json(dora / "adapter" / "adapter_config.json") | dict(use_dora=True))
+    with pytest.raises(UserError, match="DoRA"): export_gguf_lora(dora, tmp_path / "out", say=quiet)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dora", "full"]
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know(run, tiny_model, tmp_path):
+    with pytest.raises(UserError, match="pre-tokenizer"): export_gguf(changed(run, tmp_path / "run", model=tiny_model), tmp_path / "out", say=quiet)
     assert not (tmp_path / "out").exists()

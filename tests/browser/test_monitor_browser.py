@@ -84,12 +84,12 @@ def test_a_run_outlives_its_tab_and_its_kernel(notebook, lab, shot, cells):
 
     button(book, "Pause").focus()
     book.page.keyboard.press("Enter")
-    expect(button(book, "Resume")).to_be_enabled()
+    expect(button(book, "Resume")).to_be_enabled(timeout=30_000)
     expect(book.output(1)).to_contain_text(re.compile(r"stopped · step \d+ of 3000; Resume goes on from checkpoint-\d+"))
     shot(book.page, "monitor-4-paused")
     paused = look(folder)
     button(book, "Resume").click()
-    expect(button(book, "Pause")).to_be_enabled()
+    expect(button(book, "Pause")).to_be_enabled(timeout=60_000)
     until(lambda: look(folder).step > paused.step + 5, "steps after going on")
     assert look(folder).checkpoint == f"checkpoint-{paused.step}"
 
@@ -97,7 +97,7 @@ def test_a_run_outlives_its_tab_and_its_kernel(notebook, lab, shot, cells):
     expect(book.output(1)).to_contain_text(re.compile(rf"Stop at once\? \d+ steps since checkpoint {paused.step} would be lost"))
     assert runs.status(folder) == "running"
     button(book, "Stop").click()
-    expect(book.output(1)).to_contain_text("stopped · step")
+    expect(book.output(1)).to_contain_text("stopped · step", timeout=30_000)
     assert runs.status(folder) == "stopped"
 
     book.command("apputils:change-theme", theme="JupyterLab Dark")
