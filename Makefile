@@ -4,6 +4,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 INSTALLED := $(VENV)/.finetune_nb-installed
+FORMATS := $(VENV)/.finetune_nb-formats
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test torture
@@ -21,10 +22,16 @@ $(INSTALLED): constraints.txt settings.ini setup.py pyproject.toml tools/install
 	PYTHON=$(PYTHON) tools/install.sh $(VENV)
 	@touch $@
 
+# llama.cpp comes as source and is compiled once. Only what makes or runs GGUF files needs it: `make demo` does not wait for it.
+$(FORMATS): $(INSTALLED)
+	@echo "== compiling llama.cpp (about five minutes on two cores, once)"
+	$(VENV)/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt --editable '.[gguf,compressed]'
+	@touch $@
+
 demo: install
 	$(VENV)/bin/finetune-nb run --demo
 
-test: install
+test: $(FORMATS)
 	$(VENV)/bin/nbdev-test --n-workers 2
 	$(VENV)/bin/python -m pytest -q tests
 

@@ -199,7 +199,7 @@ def whole(
         if isinstance(e, OSError) and e.errno == errno.ENOSPC: raise UserError(Problem("disk", "is full, so nothing was exported", "Free some space, or choose another folder with --out")) from None
         raise
 
-# %% ../nbs/12_export.ipynb #6d7e5fe0
+# %% ../nbs/12_export.ipynb #829a98a7
 def write_model(
     model,  # a plain model
     tokenizer,  # its tokenizer
@@ -219,7 +219,7 @@ def _recorded(folder, run, kind, **facts):
     "Write export.json and return it"
     about = dict(kind=kind, run=run.folder.resolve().name, model=identity(run.recipe.model) | dict(name=_public(run.recipe.model)), method=run.recipe.method, **facts, versions=versions(),
                  files={f.name: [f.stat().st_size, sha256_file(f)] for f in sorted(folder.iterdir()) if f.is_file()})
-    about["bytes"] = sum(size for n, (size, _) in about["files"].items() if n.endswith(".safetensors"))
+    about["bytes"] = sum(size for n, (size, _) in about["files"].items() if n.endswith((".safetensors", ".gguf")))
     write_json(folder / MARK, json.loads(redact(json.dumps(about))))
     return about
 

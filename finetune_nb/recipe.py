@@ -100,6 +100,7 @@ class Recipe(_Training):
     eval_batch_size: int = _S(16, "rows a forward pass in evaluation", "evaluation", ge=1)
     max_new_tokens: int = _S(0, "longest answer in evaluation, in tokens; 0 takes the longest reference answer and a quarter more", "evaluation", ge=0)
     label_field: str = _S("intent", "field of a JSON answer that is also scored alone; unused where answers lack it", "evaluation")
+    export: str = _S("", "after training, export to these, separated by commas: merged, adapter, gguf:q4_k_m, …; first tried on a two-layer twin", "output")
     name: str = _S("run", "what the run folder's name starts with", "output", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
     def __str__(self): return to_yaml(self, only_changed=True)

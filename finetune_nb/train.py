@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Log', 'build', 'learn', 'fit', 'save']
 
-# %% ../nbs/08a_train.ipynb #f0ba1b54
+# %% ../nbs/08a_train.ipynb #c34c5dc3
 import errno, json, math, time
 from pathlib import Path
 
-import torch
+import psutil, torch
 from datasets import Dataset, disable_progress_bars
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig
@@ -25,7 +25,10 @@ from .targets import targets
 from .translate import construct, lora_kwargs, training_kwargs
 from .tree import of
 
-# %% ../nbs/08a_train.ipynb #75b009d2
+# %% ../nbs/08a_train.ipynb #166ef234
+def _memory(): return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+
+
 class Log(TrainerCallback):
     "Writes every log to a JSON-lines file and tells progress"
     def __init__(self,
@@ -58,7 +61,7 @@ class Log(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         "Keep the numbers; held-out loss and alarms are told at once"
         logs = logs or {}
-        self.write(state.global_step, logs)
+        self.write(state.global_step, logs | (dict(max_steps=state.max_steps, memory_bytes=_memory()) if "loss" in logs else {}))
         for key, name in dict(loss="loss", learning_rate="lr").items():
             if key in logs and self.progress: self.shown[name] = float(logs[key])
         if "eval_loss" in logs: self.say(f"step {state.global_step}: held-out loss {float(logs['eval_loss']):.4f}")

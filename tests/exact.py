@@ -18,7 +18,7 @@ METHODS = dict(lora=dict(lora_layers=2), qlora=dict(method="qlora", quantization
 PASSES = {1: dict(batch_size=2, accumulation=1, epochs=2.0), 4: dict(batch_size=1, accumulation=4, epochs=4.0)}
 ROWS = dict(plain={}, packed=dict(packing=True, epochs=6.0), grouped=dict(group_by_length=True))
 AXES = dict(method=list(METHODS), dropout=[0.0, 0.1], accumulation=list(PASSES), rows=list(ROWS), workers=[0, 2], fast=[True, False], stop=["first", "middle", "edge"])
-TIMES = ("seconds", "runtime", "per_second")
+TIMES = ("seconds", "runtime", "per_second", "memory_bytes")  # what no two trainings have in common
 
 
 def case(method, dropout, accumulation, rows, workers, fast, **_):

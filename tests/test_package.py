@@ -39,8 +39,8 @@ def wheel(built):
 
 
 def test_every_module_is_in_the_wheel(wheel):
-    modules = {f"finetune_nb/{p.name}" for kind in ("*.py", "*.json") for p in (ROOT / "finetune_nb").glob(kind)}
-    assert "finetune_nb/shapes.json" in modules
+    modules = {f"finetune_nb/{p.name}" for kind in ("*.py", "*.json", "*.txt") for p in (ROOT / "finetune_nb").glob(kind)}
+    assert {"finetune_nb/shapes.json", "finetune_nb/general.txt"} <= modules
     assert modules and modules <= wheel.keys(), f"missing: {modules - wheel.keys()}"
 
 
