@@ -43,7 +43,7 @@ def thinned(
     kept = [p for i in range(0, len(points), size) for p in sorted({f(points[i:i + size], key=lambda q: q[1]) for f in (min, max)})]
     return [points[0], *kept[kept[0] == points[0]:], *([points[-1]] if kept[-1] != points[-1] else [])]
 
-# %% ../nbs/15b_curves.ipynb #df7563fe
+# %% ../nbs/15b_curves.ipynb #8b61eaa3
 BLUE, ORANGE, RED = "#2f7fd1", "#d9570f", "#d63a3a"
 
 
@@ -58,8 +58,8 @@ def panel(
     left, right, top, bottom = 38, 8, 17, 16
     points = [p for c in curves.values() for p in c]
     last = max([1, *(s for s, _ in points)])
-    x1, y0, y1 = max(last, min(of, 1.6 * last)), min([0.0, *(v for _, v in points)]), max(v for _, v in points)
-    y1 = y1 if y1 > y0 else y0 + 1
+    x1, y0, y1 = max(last, min(of, 1.6 * last)), min([0.0, *(v for _, v in points)]), max([0.0, *(v for _, v in points)])
+    y1 = y1 if y1 > y0 else 1.0
     X, Y = lambda s: left + (width - left - right) * s / x1, lambda v: height - bottom - (height - top - bottom) * (v - y0) / (y1 - y0)
     words = lambda x, y, text, more="": f'<text x="{x:.1f}" y="{y:.1f}" {more}>{escaped(text)}</text>'
     drawn = []

@@ -74,7 +74,7 @@ def _doing(state):
     if state.live: return {"stop"} | ({"pause"} if state.status == "running" and not state.asked else set())
     return {"start"} | ({"resume"} if state.status in ("stopped", "failed", "died", "stale") else set())
 
-# %% ../nbs/15c_monitor.ipynb #1e31480f
+# %% ../nbs/15c_monitor.ipynb #20c515c0
 class Face:
     "The widgets of a run, and what brings them up to date"
     def __init__(self,
@@ -94,7 +94,7 @@ class Face:
             for name in BUTTONS: self.parts[name].disabled = name not in _doing(state)
             bar = self.parts["bar"]
             bar.max, bar.value, bar.bar_style = (max(state.of, state.step, 1), state.step, dict(done="success", failed="danger", died="danger").get(state.status, "")) if state else (1, 0, "")
-            self.parts["said"].value = _said(state) if state else f'<div role="status">{escaped(self.ready())}</div>'
+            self.parts["said"].value = _said(state) if state else f'<div role="status" style="line-height:1.45;overflow-wrap:anywhere">{escaped(self.ready())}</div>'
             self.parts["notes"].value, self.parts["picture"].value = (_notes(state), picture(state)) if state else ("", "")
             if self._handle: self._draw()
             return state

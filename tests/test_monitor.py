@@ -68,8 +68,9 @@ def test_a_run_outlives_its_kernel_and_every_end(values, tmp_path):
     until(lambda: look(folder).status not in ("running", "ending"), "the end", 30)
     assert runs.status(folder) == "stopped" and "Traceback" not in (folder / "log.txt").read_text()
 
+    before = look(folder).step
     detached.go_on(folder)
-    until(trained(folder, 5), "steps after going on")
+    until(lambda: runs.status(folder) == "running" and look(folder).step > before + 5, "steps after going on")
     process = read_json(folder / "run.json")["pid"]
     os.kill(process, signal.SIGKILL)
     until(lambda: look(folder).status == "died", "a run that was killed, and the process that looked after it has said so")
