@@ -25,10 +25,10 @@ from .targets import targets
 from .translate import construct, lora_kwargs, training_kwargs
 from .tree import of
 
-# %% ../nbs/08a_train.ipynb #166ef234
+# %% ../nbs/08a_train.ipynb #dbd0d86b
 def _memory(): return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
-
+# %% ../nbs/08a_train.ipynb #1061877f
 class Log(TrainerCallback):
     "Writes every log to a JSON-lines file and tells progress"
     def __init__(self,
