@@ -94,7 +94,7 @@ def _laptop(rows):
 
 PURPOSES = {"no quality loss seen": _no_loss, "smallest": _small, "fastest here": _fast, "laptop": _laptop, "GPU server": _server}
 
-# %% ../nbs/12g_formats.ipynb #83e765f2
+# %% ../nbs/12g_formats.ipynb #9b285107
 def front(
     rows,  # rows of `Formats`
     part="",  # "general_" for general text
@@ -116,34 +116,34 @@ def _labels(axes, points):
     crossed = lambda a, b: a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
     spots = [(p[0] - 3, p[1] - 3, p[0] + 3, p[1] + 3) for p, *_ in points]
     for (px, py), at, name, color, weight in sorted(points, key=lambda p: -p[0][1]):
-        wide, scale = 4.5 * len(name), axes.figure.dpi / 72
+        wide, scale = 5 * len(name), axes.figure.dpi / 72
         box = lambda dx, dy, side: tuple(v for v in ((px + scale * (dx if side == "left" else dx - wide)), py + scale * dy, px + scale * (dx + wide if side == "left" else dx), py + scale * (dy + 8)))
         best = min(_PLACES, key=lambda place: (sum(crossed(box(*place), o) for o in taken + spots), _PLACES.index(place)))
         taken.append(box(*best))
         axes.annotate(name, at, xytext=best[:2], textcoords="offset points", fontsize=7.5, color=color, ha=best[2], weight=weight, arrowprops=dict(arrowstyle="-", color=color, lw=0.4, alpha=0.5) if abs(best[1]) > 6 else None)
 
-# %% ../nbs/12g_formats.ipynb #18cb1d25
+# %% ../nbs/12g_formats.ipynb #2fc5b47d
 def pareto(
     rows,  # rows of `Formats` that are done
 ):
     "A figure: size against KL, on the task and on general text"
     from matplotlib.figure import Figure
-    figure, least = Figure(figsize=(12, 5), layout="constrained", facecolor="white"), 2e-6
+    figure, least = Figure(figsize=(13, 6.5), layout="constrained", facecolor="white"), 1e-5
     for axes, (part, title) in zip(figure.subplots(1, 2), (("", "on the task"), ("general_", "on general text"))):
         best, points, seen = {r["format"] for r in front(rows, part)}, [], set()
         for r in rows:
             x, y, e, color = r["bytes"] / 1e6, max(r[f"{part}kl"], least), 2 * r[f"{part}kl_error"], _COLORS[r["engine"]]
             axes.errorbar(x, y, [[min(e, y - least)], [e]], fmt="o" if r["format"] in best else "x", ms=5, color=color, lw=1, capsize=2, label=r["engine"] if r["engine"] not in seen else None)
             seen.add(r["engine"])
-            points.append((x, y, r["format"], color, "bold" if r["format"] in best else "normal"))
+            points.append((x, y, r["format"].replace("-imatrix", " i"), color, "bold" if r["format"] in best else "normal"))
         line = front(rows, part)
         axes.plot([r["bytes"] / 1e6 for r in line], [max(r[f"{part}kl"], least) for r in line], color="#999999", lw=1, zorder=0)
-        axes.set(yscale="log", title=title, xlabel="MB of weights (file)", ylabel="KL to the 16-bit model, nats a token", ylim=(least / 1.5, None), xlim=(0.85 * min(p[0] for p in points), 1.12 * max(p[0] for p in points)), xscale="log")
+        axes.set(yscale="log", title=title, xlabel="MB of weights (file)", ylabel="KL to the 16-bit model, nats a token", ylim=(least / 1.5, None), xlim=(0.8 * min(p[0] for p in points), 1.12 * max(p[0] for p in points)), xscale="log")
         axes.axhline(NO_LOSS, color="#999999", ls=":", lw=1)
         axes.xaxis.set_major_formatter("{x:.0f}"), axes.xaxis.set_minor_formatter("{x:.0f}")
         axes.tick_params(axis="x", which="both", labelsize=8)
         axes.grid(alpha=0.2)
-        axes.legend(frameon=False, fontsize=8, loc="upper right")
+        axes.legend(frameon=False, fontsize=8, loc="upper right", title="i: with an importance matrix" if any(r["format"] != r["format"].removesuffix("-imatrix") for r in rows) else None, title_fontsize=8)
         axes._points = points
     figure.canvas.draw()
     for axes in figure.axes: _labels(axes, axes.__dict__.pop("_points"))
@@ -176,7 +176,7 @@ def _general(row):
     found = next(x for x in facts_table("quantization").rows if x["format"] == name)
     return found["bits"], f"{found['best_for']}; {found['caveat']}"
 
-# %% ../nbs/12g_formats.ipynb #1de64595
+# %% ../nbs/12g_formats.ipynb #584ac180
 @dataclass
 class Formats:
     "Measured formats of one model"
@@ -208,7 +208,7 @@ class Formats:
 
     def mix(self):
         "One dict a format: what it is really made of, beside what the general tables say"
-        named = lambda r: ", ".join(f"{share:.0%} {kind}" for kind, share in r["types"].items() if share >= 0.005) + (f"; {len(r['fell_back'])} tensors fell back" if r["fell_back"] else "")
+        named = lambda r: ", ".join(f"{share:.0%} {kind}" for kind, share in r["types"].items() if share >= 0.005) + (f"; {len(r['fell_back'])} tensor{'s' * (len(r['fell_back']) > 1)} fell back" if r["fell_back"] else "")
         return [{"format": r["format"], "bits a weight here": f"{r['bits_per_weight']:.2f}", "by the general table": _general(r)[0], "made of": named(r), "KL here": f"{r['kl']:.2g}", "the general table says": _general(r)[1]} for r in self.done]
 
     def plot(self): return pareto(self.done)

@@ -222,7 +222,7 @@ def work(
     finite = lambda rows: [[x if math.isfinite(x) else None for x in r] for r in rows]
     write_json(to, found | dict(task=finite(found["task"]), general=finite(found["general"]), seconds=time.monotonic() - start, cpu_seconds=time.process_time()))
 
-# %% ../nbs/12f_measure_format.ipynb #6816b114
+# %% ../nbs/12f_measure_format.ipynb #8b390bc9
 def apart(
     code,  # Python code; `arguments` is what is given here
     arguments,  # list of texts
@@ -233,7 +233,7 @@ def apart(
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | dict(OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1", PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     with open(log, "ab") as out:
         at = out.tell()
-        child = subprocess.Popen([sys.executable, "-c", f"import sys; arguments = sys.argv[1:]\n{code}", *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        child = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path[:] = filter(None, sys.path); arguments = sys.argv[1:]\n{code}", *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment)
         try: child.wait()
         finally:
             if child.poll() is None: child.kill()
