@@ -387,6 +387,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'finetune_nb.converter.architecture_problems': ( 'converter.html#architecture_problems',
                                                                                         'finetune_nb/converter.py'),
                                        'finetune_nb.converter.ask': ('converter.html#ask', 'finetune_nb/converter.py'),
+                                       'finetune_nb.converter.command': ('converter.html#command', 'finetune_nb/converter.py'),
                                        'finetune_nb.converter.converter': ('converter.html#converter', 'finetune_nb/converter.py'),
                                        'finetune_nb.converter.gguf_problems': ('converter.html#gguf_problems', 'finetune_nb/converter.py'),
                                        'finetune_nb.converter.run_logged': ('converter.html#run_logged', 'finetune_nb/converter.py')},

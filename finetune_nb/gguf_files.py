@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
-from .converter import architecture_problems, converter, gguf_problems, run_logged
+from .converter import architecture_problems, command, gguf_problems, run_logged
 from .core import Problem, UserError, nearest, stop_on_errors, write_json
 from .hardware import cores, disk_problems
 from .importance import importance
@@ -53,10 +53,9 @@ def convert(
     "A model folder as one GGUF file, by llama.cpp's converter; its path"
     if outtype not in BITS: raise UserError(Problem("outtype", "is not what the converter writes", "Convert to f16, then quantize" if outtype in LEVELS else nearest(outtype, BITS), outtype))
     stop_on_errors(folder_problems(folder, Path(folder).name, trust_remote_code))
-    home, size = converter(say), int(_count(folder) * BITS[outtype] / 8)
+    size = int(_count(folder) * BITS[outtype] / 8)
     with _beside(to, size + (64 << 20)) as part:
-        command = [sys.executable, "-B", home / "convert_hf_to_gguf.py", folder, "--outfile", part, "--outtype", outtype, "--model-name", Path(to).stem]
-        run_logged(command, log, part, size, f"converting to {outtype}, MiB", say)
+        run_logged(command("convert_hf_to_gguf.py", folder, "--outfile", part, "--outtype", outtype, "--model-name", Path(to).stem, say=say), log, part, size, f"converting to {outtype}, MiB", say)
     return Path(to)
 
 # %% ../nbs/11a_gguf_files.ipynb #f91f84da
@@ -97,8 +96,8 @@ def quantize_gguf(
         if importance:
             import numpy as np
             np.savez(vectors := part.with_name("importance.npz"), **importance)
-        command = [sys.executable, "-B", "-c", _QUANTIZE, source, part, number, threads or int(os.environ.get("OMP_NUM_THREADS") or cores()), vectors]
-        said = run_logged(command, log, part, needed, f"quantizing to {level}, MiB", say)
+        program = [sys.executable, "-B", "-c", _QUANTIZE, source, part, number, threads or int(os.environ.get("OMP_NUM_THREADS") or cores()), vectors]
+        said = run_logged(program, log, part, needed, f"quantizing to {level}, MiB", say)
         lacking = [n for n in re.findall(r"did not find weights for (\S+)", said) if n not in ("token_embd.weight", "output.weight")]
         if importance and lacking: say(f"importance: none for {len(lacking)} tensors, which are rounded without it: {', '.join(lacking[:4])}{' …' if lacking[4:] else ''}")
     return tensor_mix(to)
@@ -130,12 +129,12 @@ def convert_lora(
     adapter, settings = Path(adapter), settings_of(Path(adapter) / "adapter_config.json")
     if outtype not in BITS: raise UserError(Problem("outtype", "is not what the converter writes", nearest(outtype, BITS), outtype))
     stop_on_errors(adapter_problems(adapter, settings.get("base_model_name_or_path") or "") + _lora_problems(settings))
-    home, rank, size = converter(say), int(settings["r"]), sum(prod(shape) for shape in tensors_of(adapter / "adapter_model.safetensors").values()) * BITS[outtype] // 8
+    rank, size = int(settings["r"]), sum(prod(shape) for shape in tensors_of(adapter / "adapter_model.safetensors").values()) * BITS[outtype] // 8
     alpha = float(settings["lora_alpha"]) * (math.sqrt(rank) if settings.get("use_rslora") else 1)
     with _beside(to, int(size) + (16 << 20)) as part, tempfile.TemporaryDirectory() as copy:
         shutil.copyfile(adapter / "adapter_model.safetensors", Path(copy) / "adapter_model.safetensors")
         write_json(Path(copy) / "adapter_config.json", settings | dict(lora_alpha=alpha, use_rslora=False))
-        run_logged([sys.executable, "-B", home / "convert_lora_to_gguf.py", copy, "--base", base, "--outfile", part, "--outtype", outtype], log, part, int(size), "converting the adapter, MiB", say)
+        run_logged(command("convert_lora_to_gguf.py", copy, "--base", base, "--outfile", part, "--outtype", outtype, say=say), log, part, int(size), "converting the adapter, MiB", say)
         written = gguf_head(part)[0].get("adapter.lora.alpha")
         if written is None or not math.isclose(written, alpha, rel_tol=1e-6): raise UserError(Problem("adapter", f"was written with another scale: alpha {written} instead of {alpha:g}", "Export it merged: --to gguf"))
     return Path(to)
