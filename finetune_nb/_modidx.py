@@ -743,6 +743,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'finetune_nb.export.write_model': ('export.html#write_model', 'finetune_nb/export.py')},
             'finetune_nb.exports': { 'finetune_nb.exports._made': ('exports.html#_made', 'finetune_nb/exports.py'),
                                      'finetune_nb.exports.asked_problems': ('exports.html#asked_problems', 'finetune_nb/exports.py'),
+                                     'finetune_nb.exports.compared': ('exports.html#compared', 'finetune_nb/exports.py'),
                                      'finetune_nb.exports.each': ('exports.html#each', 'finetune_nb/exports.py'),
                                      'finetune_nb.exports.export_to': ('exports.html#export_to', 'finetune_nb/exports.py'),
                                      'finetune_nb.exports.folder_name': ('exports.html#folder_name', 'finetune_nb/exports.py'),

@@ -33,7 +33,8 @@ def _finished(folder, **more):
     result = read_json(folder / "comparison.json") if (folder / "comparison.json").exists() else {}
     exports = read_json(folder / "run.json", dict).get("exports") or {}
     lines = [f"export to {k}: {v['verdict']}, {v['folder']}" if "folder" in v else f"export to {k} failed: {'; '.join(v['problems'])}" for k, v in exports.items()]
-    return dict(run=str(folder), status=runs.status(folder), metrics=read_json(folder / "metrics.json"), verdict=result.get("verdict"), exports=exports, report=str(page), stops=sum(v.get("verdict", "fail") == "fail" for v in exports.values()), **more), "\n".join([shown, *lines])
+    asked = dict(exports=exports, stops=sum(v.get("verdict", "fail") == "fail" for v in exports.values())) if exports else {}
+    return dict(run=str(folder), status=runs.status(folder), metrics=read_json(folder / "metrics.json"), verdict=result.get("verdict"), report=str(page), **asked, **more), "\n".join([shown, *lines])
 
 
 def rerun(args):
@@ -74,11 +75,13 @@ def quantize(args):
     "A trained model in every format asked for, measured on its own held-out rows, and which to take for what: {run, rows, best, report, …}"
     from finetune_nb import report
     from finetune_nb.export import open_run
+    from finetune_nb.formats import Formats
     from finetune_nb.quantize import chosen
     source, _ = open_run(args.run, args.trust_remote_code), chosen(args.formats)
     folder = runs.run(source.recipe, args.out or source.folder, _say, name="quantize", folder=args.out or str(source.folder / "quantize"), source=str(source.folder), formats=args.formats, rows=args.rows, calibration=args.calibration, threads=args.threads, keep=args.keep, trust_remote_code=args.trust_remote_code)
     page, found = report.build(folder), read_json(folder / "formats.json")
-    return found | dict(run=str(folder), status=runs.status(folder), report=str(page)), f"report: {page}"
+    measured = Formats.from_json(found)
+    return found | dict(run=str(folder), status=runs.status(folder), report=str(page)), "\n\n".join([markdown_table(measured.table()), str(measured), f"report: {page}"])
 
 # %% ../nbs/16a_cli.ipynb #2e912b35
 def _typed(name, text):

@@ -167,7 +167,7 @@ def load_model(
     device = {"": torch.cuda.current_device()} if quantization is not None and torch.cuda.is_available() else None
     with _explained(model):
         place, commit = checked(model, revision, trust_remote_code)
-        loaded, told = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), attn_implementation=attention, quantization_config=quantization,
+        loaded, told = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), attn_implementation=attention, **({"quantization_config": quantization} if quantization is not None else {}),  # None would hide what config.json says
             revision=commit, trust_remote_code=trust_remote_code, use_safetensors=True, device_map=device, output_loading_info=True)
     if lacking := sorted(told["missing_keys"]): raise UserError(Problem("model", f"lacks {len(lacking)} of its weights, e.g. {lacking[0]}", "Get the model's files again", model))
     for layer in loaded.modules():

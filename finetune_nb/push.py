@@ -73,7 +73,7 @@ def card_problems(
 ):
     "What the card lacks"
     from huggingface_hub import ModelCard
-    path, again = Path(folder) / "README.md", "Write it: finetune-nb card RUN"
+    path, again = Path(folder) / "README.md", "Write it: finetune-nb card FOLDER"
     text = _text_in(path) if path.is_file() else ""
     if not text or not front_matter(text): return [Problem("README.md", "is no model card: it is missing, or has no head that the Hub reads", again)]
     try: licence = ModelCard(text).data.license

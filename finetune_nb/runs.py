@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .core import Problem, UserError, human_time, inside, parameter_problems, read_json, redact, stop_on_errors, write_atomic
+from .exports import asked_problems
 from .folder import OWN, alive, begin, commit, finish, from_notebook, injected, new_folder, note, now, owner, status
 from .hardware import disk_problems
 from .job import early_problems
@@ -143,7 +144,8 @@ def run(
     **parameters,  # what the pipeline takes beside the recipe
 ):
     "Do a run and return its folder; the report is made by the caller"
-    stop_on_errors(parameter_problems(parameters) + early_problems(recipe) + disk_problems(out, needed), warn=lambda text: None)
+    early = [] if name == "quantize" else early_problems(recipe) + asked_problems(recipe)  # what is quantized is trained already, its data may be gone
+    stop_on_errors(parameter_problems(parameters) + early + disk_problems(out, needed), warn=lambda text: None)
     folder = Path(folder) if folder else new_folder(out, recipe.name)
     _unused(folder)
     write_atomic(folder / "recipe.yaml", to_yaml(recipe))
@@ -176,7 +178,7 @@ def resume(
     if not (folder / "run.json").is_file(): raise UserError(Problem(str(folder), "is not a run folder", "List the runs with: finetune-nb runs"))
     facts = read_json(folder / "run.json", dict)
     _trusted(folder, trust_remote_code)
-    if facts.get("pipeline", "finetune") != "finetune": raise UserError(Problem(str(folder), f"is a {facts['pipeline']}, which goes on when it is started again", f"Run: finetune-nb {facts['pipeline']} --run {folder}"))
+    if facts.get("pipeline", "finetune") != "finetune": raise UserError(Problem(str(folder), f"is a {facts['pipeline']}, which goes on when it is started again", "Start it with the same command again, in this folder: quantize takes it as --out, bakeoff as --run"))
     if status(folder) == "done": raise UserError(Problem(str(folder), "is done", "To do it again: finetune-nb rerun"))
     _unused(folder)
     kept = len(list(folder.glob("notebook-*.ipynb"))) + 1

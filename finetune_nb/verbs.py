@@ -143,8 +143,9 @@ def card(args):
     from pathlib import Path
     from finetune_nb.card import write_card
     from finetune_nb.export import open_run
-    source = args.run or Path(args.folder).resolve().parents[1]
-    found = write_card(args.folder, open_run(source), licence=args.license, data_licence=args.data_license, language=args.language, repo=args.repo, samples=args.samples, say=_say)
+    from finetune_nb.exports import compared
+    source = open_run(args.run or Path(args.folder).resolve().parents[1], trust_remote_code=True)  # no model is loaded, so no code of it runs
+    found = write_card(args.folder, source, formats=compared(source), licence=args.license, data_licence=args.data_license, language=args.language, repo=args.repo, samples=args.samples, say=_say)
     return found, "\n".join(f"{k}: {v}" for k, v in found.items())
 
 
