@@ -418,6 +418,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'finetune_nb.core.sha256_json': ('core.html#sha256_json', 'finetune_nb/core.py'),
                                   'finetune_nb.core.shortened': ('core.html#shortened', 'finetune_nb/core.py'),
                                   'finetune_nb.core.stop_on_errors': ('core.html#stop_on_errors', 'finetune_nb/core.py'),
+                                  'finetune_nb.core.text_table': ('core.html#text_table', 'finetune_nb/core.py'),
                                   'finetune_nb.core.write_atomic': ('core.html#write_atomic', 'finetune_nb/core.py'),
                                   'finetune_nb.core.write_json': ('core.html#write_json', 'finetune_nb/core.py')},
             'finetune_nb.costs': { 'finetune_nb.costs.Assumptions': ('costs.html#assumptions', 'finetune_nb/costs.py'),

@@ -10,7 +10,7 @@ import argparse, json, sys, traceback
 from pathlib import Path
 
 from . import __version__, runs
-from .core import Problem, UserError, human_time, markdown_table, parameter_problems, read_json, stop_on_errors
+from .core import Problem, UserError, human_time, parameter_problems, read_json, stop_on_errors, text_table
 from .facts import TABLES
 from .recipe import FIELDS, PRESETS
 from .verbs import _say, card, convert, data, decide, export, facts, parallel, plan, push, read_value, recipe_of, targets
@@ -61,14 +61,14 @@ def list_runs(args):
     "List the runs in a folder"
     rows = runs.runs(args.out)
     keys = list(dict.fromkeys(k for r in rows for k in r))
-    return dict(runs=rows), markdown_table(rows, {k: k for k in keys}) if rows else f"no runs in {args.out}"
+    return dict(runs=rows), text_table(rows, {k: k for k in keys}) if rows else f"no runs in {args.out}"
 
 
 def compare(args):
     "What differs between two runs: {recipe, environment, data, result}"
     found = runs.compare(args.a, args.b)
     rows = [dict(part=p, what=k, a=v[0], b=v[1]) for p, d in found.items() for k, v in d.items()]
-    return found, markdown_table(rows, dict(part="part", what="what", a=Path(args.a).name, b=Path(args.b).name)) if rows else "no difference"
+    return found, text_table(rows, dict(part="part", what="what", a=Path(args.a).name, b=Path(args.b).name)) if rows else "no difference"
 
 # %% ../nbs/16a_cli.ipynb #91184f83
 def quantize(args):
@@ -81,7 +81,7 @@ def quantize(args):
     folder = runs.run(source.recipe, args.out or source.folder, _say, name="quantize", folder=args.out or str(source.folder / "quantize"), source=str(source.folder), formats=args.formats, rows=args.rows, calibration=args.calibration, threads=args.threads, keep=args.keep, trust_remote_code=args.trust_remote_code)
     page, found = report.build(folder), read_json(folder / "formats.json")
     measured = Formats.from_json(found)
-    return found | dict(run=str(folder), status=runs.status(folder), report=str(page)), "\n\n".join([markdown_table(measured.table()), str(measured), f"report: {page}"])
+    return found | dict(run=str(folder), status=runs.status(folder), report=str(page)), "\n\n".join([text_table(measured.table(brief=True)), str(measured), f"report: {page}"])
 
 # %% ../nbs/16a_cli.ipynb #2e912b35
 def _typed(name, text):
@@ -109,7 +109,7 @@ def bakeoff(args):
     score = lambda a: a["status"] if a["score"] is None else f"{100 * a['score']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
     rows = [{"arm": a["arm"], found["metric"]: score(a), "one request": f"{a['latency']['median']:.2f} s" if a["latency"] else "", "tokens in / out": f"{a['prompt_tokens']:.0f} / {a['output_tokens'] or 0:.0f}" if a["prompt_tokens"] else "",
              "training": human_time(a["train"]["seconds"]) if a["train"] else ""} for a in found["arms"]]
-    return found | dict(run=str(folder), status=runs.status(folder), report=str(page)), "\n\n".join([markdown_table(rows), found["verdict"]["text"], f"report: {page}"])
+    return found | dict(run=str(folder), status=runs.status(folder), report=str(page)), "\n\n".join([text_table(rows), found["verdict"]["text"], f"report: {page}"])
 
 # %% ../nbs/16a_cli.ipynb #77b177ca
 NEEDS = [("torch", "run", "pip install torch"), ("bitsandbytes", "run with method qlora", "pip install bitsandbytes"), ("hassil", "run --demo", "pip install 'finetune_nb[demo]'"),

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['HIDDEN', 'plain', 'shortened', 'escaped', 'Problem', 'UserError', 'stop_on_errors', 'nearest', 'require',
            'write_atomic', 'write_json', 'DamagedFile', 'read_json', 'inside', 'parameter_problems', 'redact',
-           'sha256_file', 'sha256_json', 'cache_dir', 'human_bytes', 'human_time', 'Progress', 'markdown_table']
+           'sha256_file', 'sha256_json', 'cache_dir', 'human_bytes', 'human_time', 'Progress', 'markdown_table',
+           'text_table']
 
 # %% ../nbs/00_core.ipynb #61ca4171
 import hashlib, html, importlib, json, keyword, os, re, sys, tempfile, time
@@ -272,3 +273,14 @@ def markdown_table(
     cell = lambda v: re.sub(r"([\\`*_\[\]|$~])", r"\\\1", html.escape(plain(v), quote=False)).replace("\n", "<br>")
     line = lambda vs: "| " + " | ".join(vs) + " |"
     return "\n".join([line(columns.values()), line(["---"] * len(columns)), *(line([cell(r.get(k, "")) for k in columns]) for r in rows)])
+
+# %% ../nbs/00_core.ipynb #64abecd6
+def text_table(
+    rows,  # list of dicts with the same keys
+    columns=None,  # {key: heading}; None shows every key as it is
+):
+    "The same table in aligned columns, for a terminal"
+    columns = columns or {k: k for k in (rows[0] if rows else {})}
+    lines = [list(columns.values()), *([plain(r.get(k, "")).replace("\n", "\\n") for k in columns] for r in rows)]
+    wide = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(map(str.ljust, line, wide)).rstrip() for line in lines)

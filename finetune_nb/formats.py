@@ -6,7 +6,7 @@
 __all__ = ['NO_LOSS', 'USUAL', 'MATTERS', 'PURPOSES', 'allowed', 'high', 'unharmed', 'figures', 'front', 'pareto', 'Formats']
 
 # %% ../nbs/12g_formats.ipynb #eb475e16
-import math
+import math, re
 from dataclasses import dataclass, field
 
 from .compare_scores import paired_shares
@@ -162,9 +162,10 @@ def _line(r):
     both, speed = lambda k, f: f"{r[k]:{f}} ± {2 * r[k + '_error']:.1g}" if r[k] is not None else "–", lambda x: f"{x[0]:.0f}" if x else "–"
     return {"format": r["format"], "size": human_bytes(r["bytes"]), "bits a weight": f"{r['bits_per_weight']:.2f}", "KL, task": both("kl", ".2g"), "KL, general": both("general_kl", ".2g"), "same top, task": both("top", ".3f"), "same top, general": both("general_top", ".3f"),
             "perplexity, task": both("perplexity", ".4g"), "perplexity, general": both("general_perplexity", ".4g"), f"{(r['score'] or dict(metric='score'))['metric']} (change)": _score(r),
-            "tokens/s read": speed(r["prompt_per_s_range"]), "made": speed(r["tokens_per_s_range"]), "memory, running (peak)": f"{human_bytes(r['memory_running'])} ({human_bytes(r['memory'])})", "loads in": f"{r['load_seconds']:.1f} s", "certificate": r["verdict"]}
+            "tokens/s read": speed(r["prompt_per_s_range"]), "tokens/s made": speed(r["tokens_per_s_range"]), "memory, running (peak)": f"{human_bytes(r['memory_running'])} ({human_bytes(r['memory'])})", "loads in": f"{r['load_seconds']:.1f} s", "certificate": r["verdict"]}
 
 
+_REST = re.compile("same top|perplexity|tokens/s read|memory|loads in")  # columns that a terminal has no room for
 _BESIDE = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQ", "awq": "AWQ", "transformers": "BF16"}
 
 
@@ -201,9 +202,11 @@ class Formats:
         row, why = PURPOSES[purpose](rows) if rows else (None, "every format's certificate fails" if self.done else "no format was measured")
         return dict(purpose=purpose, format=row and row["format"], reason=why, figures=figures(row) if row else "")
 
-    def table(self):
+    def table(self,
+        brief=False,  # only what is compared first
+    ):
         "One dict a format, as text; ± is two standard errors"
-        full = [_line(r) for r in self.done]
+        full = [{k: v for k, v in _line(r).items() if not brief or not _REST.match(k)} for r in self.done]
         return full + [dict.fromkeys(full[0] if full else ["format", "size"], "–") | {"format": r["format"], "size": f"{r['status']}: {r['why']}"} for r in self.rows if r["status"] != "done"]
 
     def mix(self):

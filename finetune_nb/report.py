@@ -9,7 +9,7 @@ __all__ = ['POLICY', 'curve_points', 'curve', 'png', 'harmless', 'build', 'text'
 import json, re
 from pathlib import Path
 
-from .core import Problem, UserError, plain, read_json, redact, shortened, write_atomic
+from .core import Problem, UserError, plain, read_json, redact, shortened, text_table, write_atomic
 
 # %% ../nbs/14a_report.ipynb #95ccb44c
 def curve_points(
@@ -103,10 +103,7 @@ def text(
 
 def _lines(result, width):
     cut = lambda value, n: shortened(plain(" ".join(str(value).split())), n)
-    names = list(result["table"][0])
-    rows = [{n: plain(r[n]) for n in names} for r in result["table"]]
-    wide = {n: max(len(n), *(len(r[n]) for r in rows)) for n in names}
-    lines = ["  ".join(n.ljust(wide[n]) for n in names), *("  ".join(r[n].ljust(wide[n]) for n in names) for r in rows), ""]
+    lines = [text_table(result["table"]), ""]
     for s in result["samples"]:
         lines += [f"{s['kind']}: {cut(s['prompt'], width - 10)}"] + [f"  {k:<9} {cut(s[k], width - 12)}" for k in ("before", "after", "reference")]
     clean = result.get("without_leaked")
