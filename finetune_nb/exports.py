@@ -34,10 +34,10 @@ def _made(run, target, folder, dtype, replace, say):
 
 # %% ../nbs/12j_exports.ipynb #d2e04807
 def compared(
-    run,  # a Run
+    folder,  # a run folder
 ):
     "The table of the run's comparison of formats, as `write_card` takes it; None if there is none"
-    path = run.folder / "quantize" / "formats.json"
+    path = folder / "quantize" / "formats.json"
     return Formats.from_json(read_json(path, dict)).table() if path.is_file() else None
 
 # %% ../nbs/12j_exports.ipynb #5cad535e
@@ -59,7 +59,7 @@ def export_to(
     found = certify(folder, run, n=rows, say=say)
     served = write_serving(folder, run)
     if target.kind == "ollama" and "Modelfile" not in served["commands"]: raise UserError([Problem("ollama", n, f"The GGUF file itself is good: it stays in {folder}") for n in served["notes"] if n.startswith("Modelfile")])
-    written = write_card(folder, run, found, compared(run), say=say, **card)
+    written = write_card(folder, run, found, compared(run.folder), say=say, **card)
     return dict(target=str(target), folder=str(folder), verdict=found.verdict, certificate=found, export=about, serve=served, card=written)
 
 # %% ../nbs/12j_exports.ipynb #80232122

@@ -54,10 +54,11 @@ def resident(
 ):
     "Bytes of this process in memory"
     import psutil
-    if not most: return psutil.Process().memory_info().rss
+    now = psutil.Process().memory_info().rss
+    if not most: return now
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
-    if found: return int(found[1]) << 10
+    if found: return max(now, int(found[1]) << 10)  # the system counts both by rough counters of each core
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
 
@@ -178,7 +179,7 @@ def _in_transformers(job, format):
     load, plain = time.monotonic() - start, 4 if format.name == "fp32" else 2
     size = stored(model, format.name, plain) if format.engine != "compressed-tensors" else {}  # now: an int8 layer hides its scales once it has computed
     speed, gpu = torch_speed(model, job["speed"]), model.device.type == "cuda"
-    memory, running = (torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()) if gpu else (resident(most=True) - empty, resident() - empty)
+    running, memory = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if gpu else (resident() - empty, resident(most=True) - empty)
     found, stops = _compared(job, lambda rows: [log.numpy() for log in log_probs(model, rows, math.inf)]), export_stops(model, tokenizer)
     said = answers(model, tokenizer, job["rows"], stops, job["longest"]) if job["rows"] else None
     return dict(load_seconds=load, memory=memory, running=running, speed=speed, said=list(zip(said.ids, said.ended)) if said else [], stops=sorted(stops), reads=None, device=model.device.type, compute=compute, threads=torch.get_num_threads(), stored=size, **found)
@@ -190,7 +191,7 @@ def _alone(job, context):
     several, llama.PARALLEL, empty = llama.PARALLEL, 1, resident()  # a cache for one row
     with llama.open_gguf(job["model"], context, threads=job["threads"], log=job["log"]) as model:
         timed = [model.speed(PROMPT, MADE, times=1) for _ in range(TIMES)]
-        found = dict(load_seconds=model.load_seconds, memory=resident(most=True) - empty, running=resident() - empty)
+        found = dict(load_seconds=model.load_seconds, running=resident() - empty, memory=resident(most=True) - empty)
     llama.PARALLEL = several
     return found | dict(speed=dict(prompt=middle([t["prompt"] for t in timed]), generation=middle([t["answer"] for t in timed])))
 

@@ -142,9 +142,8 @@ def card(args):
     "Write the model card of an export again: {files, licence, base_licence, data_licence, unknown}"
     from pathlib import Path
     from finetune_nb.card import write_card
-    from finetune_nb.export import open_run
     from finetune_nb.exports import compared
-    source = open_run(args.run or Path(args.folder).resolve().parents[1], trust_remote_code=True)  # no model is loaded, so no code of it runs
+    source = Path(args.run or Path(args.folder).resolve().parent.parent)
     found = write_card(args.folder, source, formats=compared(source), licence=args.license, data_licence=args.data_license, language=args.language, repo=args.repo, samples=args.samples, say=_say)
     return found, "\n".join(f"{k}: {v}" for k, v in found.items())
 

@@ -104,6 +104,13 @@ MISTAKES = {
     "unknown table": (["facts", "lora_rank"], ["lora_rank"]),
     "not a run, to compare": (["compare", "nothere", "failed"], ["nothere", "run folder"]),
     "not a run, to repeat": (["rerun", "nothere"], ["nothere"]),
+    "no such export": ([*GOOD, "-p", "export", "gguf:q9_k,olama"], ["q9_k", "'ollama'"]),
+    "not a run, to quantize": (["quantize", "nothere"], ["nothere"]),
+    "not a run, to export": (["export", "nothere", "--to", "merged"], ["nothere"]),
+    "no such export of a run": (["export", "failed", "--to", "gguf:q9_k,olama"], ["q9_k", "'ollama'"]),
+    "no export, for a card": (["card", "failed"], ["failed", "finetune-nb export"]),
+    "no folder, to push": (["push", "nothere", "me/it"], ["nothere", "finetune-nb export"]),
+    "nothing to convert": (["convert", "nothere.py"], ["nothere.py"]),
     "a failed run, to repeat": (["rerun", "failed"], ["failed", "metrics"]),
 }
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import chat_rows, make_llama
 
-from finetune_nb import compare_formats as room, format_job, measure_format, report, runs
+from finetune_nb import compare_formats as room, format_job, measure_format
+from finetune_nb.cli import main
 from finetune_nb.compare_formats import compare_formats
 from finetune_nb.core import Problem, UserError, read_json, write_json
 from finetune_nb.data import save
@@ -85,13 +86,18 @@ def test_what_is_finished_is_not_done_again(real, run, monkeypatch):
     assert again.rows == json.loads(json.dumps(real[0].rows))
 
 
-def test_the_notebook_shows_all_of_it(real, run):
-    folder = run / "quantize"
-    (folder / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
-    runs.execute(folder, lambda line: None, "quantize", source=str(run), formats="nf4,q8_0,q2_k-imatrix", rows=6, threads=1)
-    page = report.build(folder).read_text()
-    assert runs.status(folder) == "done" and "image/png" in page and all(p in page for p in PURPOSES) and "q2_k-imatrix" in page
-    assert set(read_json(folder / "metrics.json")["formats"]) == {"fp32", "nf4", "q8_0", "q2_k-imatrix"}
+def test_the_command_shows_all_of_it(real, run, capfd):
+    "With nothing left to measure; the run's own data may be gone by then"
+    formats = ["--formats", "nf4,q8_0,q2_k-imatrix", "--rows", "6", "--threads", "1"]
+    assert main(["quantize", str(run), *formats, "--json"]) == 0
+    answer = json.loads(capfd.readouterr().out)
+    assert {"run", "rows", "best", "recommendations", "facts", "status", "report"} <= answer.keys() and answer["status"] == "done" and set(answer["best"]) == set(PURPOSES)
+    page = (run / "quantize" / "report.html").read_text()
+    assert answer["report"] == str(run / "quantize" / "report.html") and "image/png" in page and all(p in page for p in PURPOSES) and "q2_k-imatrix" in page
+    assert set(read_json(run / "quantize" / "metrics.json")["formats"]) == {"fp32", "nf4", "q8_0", "q2_k-imatrix"}
+    assert main(["quantize", str(run), *formats]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [l.split()[0] for l in lines[:5]] == ["format", "fp32", "nf4", "q8_0", "q2_k-imatrix"] and any(l.startswith("no quality loss seen: ") for l in lines) and lines[-1].startswith("report: ")
 
 
 def test_a_format_whose_process_dies_is_told_by_its_signal(run, tmp_path, monkeypatch):
