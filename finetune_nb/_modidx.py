@@ -833,8 +833,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'finetune_nb.format_job._scores': ('format_job.html#_scores', 'finetune_nb/format_job.py'),
                                         'finetune_nb.format_job._version': ('format_job.html#_version', 'finetune_nb/format_job.py'),
                                         'finetune_nb.format_job.ask': ('format_job.html#ask', 'finetune_nb/format_job.py'),
-                                        'finetune_nb.format_job.calibration_rows': ( 'format_job.html#calibration_rows',
-                                                                                     'finetune_nb/format_job.py'),
                                         'finetune_nb.format_job.checks_of': ('format_job.html#checks_of', 'finetune_nb/format_job.py'),
                                         'finetune_nb.format_job.disk_needed': ('format_job.html#disk_needed', 'finetune_nb/format_job.py'),
                                         'finetune_nb.format_job.fingerprint': ('format_job.html#fingerprint', 'finetune_nb/format_job.py'),

@@ -58,11 +58,11 @@ def calibration_rows(
 ):
     "Token ids of training rows and of general text; none asks what a held-out row asks"
     path, held = run.folder / "data" / "train.jsonl", run.folder / "data" / "eval.jsonl"
-    if not path.is_file(): raise UserError(Problem(str(run.folder), "holds no training rows (data/train.jsonl) to calibrate with", "Choose a level without calibration"))
+    if not path.is_file(): raise UserError(Problem(str(run.folder), "holds no training rows (data/train.jsonl) to calibrate with", "Choose formats without calibration"))
     asked = lambda r: json.dumps(r.get("prompt", r.get("text")), sort_keys=True)
     taken = {asked(r) for r in read(str(held)).rows} if held.is_file() else set()
     rows = [r for r in read(str(path)).rows if asked(r) not in taken]
-    if not rows: raise UserError(Problem(str(path), "holds only questions that are held out too", "Choose a level without calibration"))
+    if not rows: raise UserError(Problem(str(path), "holds only questions that are held out too", "Choose formats without calibration"))
     _, encoded, _ = encode_each(random.Random(run.recipe.seed).sample(rows, min(n, len(rows))), tokenizer)
     return [e["input_ids"][:run.recipe.max_length or None] for e in encoded] + [tokenizer(t).input_ids for t in general_passages()[0]]
 

@@ -12,11 +12,11 @@ from finetune_nb.compare_formats import compare_formats
 from finetune_nb.core import Problem, UserError, read_json, write_json
 from finetune_nb.data import save
 from finetune_nb.export import open_run
-from finetune_nb.format_job import calibration_rows
 from finetune_nb.formats import PURPOSES, Formats, front, high, unharmed
 from finetune_nb.models import identity, load_tokenizer
 from finetune_nb.quantize import FORMATS, general_passages
 from finetune_nb.recipe import make, to_yaml
+from finetune_nb.to_gguf import calibration_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUIET = dict(say=lambda line: None)
