@@ -1949,6 +1949,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'finetune_nb.twin.twin_config': ('twin.html#twin_config', 'finetune_nb/twin.py')},
             'finetune_nb.verbs': { 'finetune_nb.verbs._exported': ('verbs.html#_exported', 'finetune_nb/verbs.py'),
                                    'finetune_nb.verbs._planned': ('verbs.html#_planned', 'finetune_nb/verbs.py'),
+                                   'finetune_nb.verbs._quiet': ('verbs.html#_quiet', 'finetune_nb/verbs.py'),
                                    'finetune_nb.verbs._say': ('verbs.html#_say', 'finetune_nb/verbs.py'),
                                    'finetune_nb.verbs._shapes': ('verbs.html#_shapes', 'finetune_nb/verbs.py'),
                                    'finetune_nb.verbs._value': ('verbs.html#_value', 'finetune_nb/verbs.py'),

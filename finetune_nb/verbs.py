@@ -125,6 +125,13 @@ def _exported(found):
     return "\n".join(lines)
 
 
+def _quiet():
+    "What libraries say about themselves is not what a person waits for; downloads still show how far they are"
+    import logging, warnings
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar(), warnings.simplefilter("ignore"), logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def export(args):
     "A run as folders that other programs load, proven to answer as the trained model does: {exports, files, parity, …}"
     from finetune_nb.exports import export_targets, export_to
@@ -132,7 +139,7 @@ def export(args):
     wanted = export_targets(args.to)
     if args.out and len(wanted) > 1: raise UserError(Problem("--out", f"is one folder, and {len(wanted)} exports are asked for", "Leave it out: each gets its own in exports/ of the run", args.out))
     if not wanted: raise UserError(Problem("--to", "names no export", "For example: --to gguf:q4_k_m"))
-    run = open_run(args.run, args.trust_remote_code)
+    run, _ = open_run(args.run, args.trust_remote_code), _quiet()
     done = [export_to(run, t, args.out, args.dtype, args.replace, args.rows, _say, licence=args.license, data_licence=args.data_license, language=args.language, repo=args.repo, samples=args.samples) for t in wanted]
     answer = dict(exports=[d | dict(certificate=d["certificate"].to_json()) for d in done], files=[d["folder"] for d in done], parity={d["target"]: d["verdict"] for d in done})
     return answer | dict(stops=sum(d["verdict"] == "fail" for d in done)), "\n\n".join(map(_exported, done))
