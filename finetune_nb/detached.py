@@ -13,9 +13,8 @@ from . import report
 from .core import Problem, UserError, read_json, stop_on_errors, write_atomic
 from .folder import alive, new_folder, note, now, status
 from .hardware import disk_problems
-from .job import early_problems
 from .recipe import load, problems, to_yaml
-from .runs import RunFailed, execute, resume
+from .runs import RunFailed, execute, problems_before, resume
 
 # %% ../nbs/14b_detached.ipynb #5ed61126
 def work(
@@ -31,7 +30,7 @@ def work(
             note(folder, born=0.0)  # nobody is at work here any more: `resume` refuses a folder in use, also by this process
             resume(folder, override, quiet, trust_remote_code)
         else:
-            stop_on_errors(early_problems(load(folder / "recipe.yaml")), warn=print)
+            stop_on_errors(problems_before(load(folder / "recipe.yaml")), warn=print)
             execute(folder, quiet)
         report.build(folder)
     except BaseException as e:

@@ -211,6 +211,7 @@ def follow(
     events, log, rest = Events(folder), folder / "log.txt", ""
     at = log.stat().st_size if log.exists() else 0
     say(str(state := look(folder, events)))
+    if not state.live: return state
     while state.live:
         time.sleep(every)
         state = look(folder, events)

@@ -202,9 +202,7 @@ class Formats:
         row, why = PURPOSES[purpose](rows) if rows else (None, "every format's certificate fails" if self.done else "no format was measured")
         return dict(purpose=purpose, format=row and row["format"], reason=why, figures=figures(row) if row else "")
 
-    def table(self,
-        brief=False,  # only what is compared first
-    ):
+    def table(self, brief=False):  # brief: without what a terminal has no room for
         "One dict a format, as text; ± is two standard errors"
         full = [{k: v for k, v in _line(r).items() if not brief or not _REST.match(k)} for r in self.done]
         return full + [dict.fromkeys(full[0] if full else ["format", "size"], "–") | {"format": r["format"], "size": f"{r['status']}: {r['why']}"} for r in self.rows if r["status"] != "done"]

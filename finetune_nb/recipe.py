@@ -99,6 +99,7 @@ class Recipe(_Training):
     compare: bool = _S(True, "answer the held-out rows before and after training and compare", "evaluation")
     eval_batch_size: int = _S(16, "rows a forward pass in evaluation", "evaluation", ge=1)
     max_new_tokens: int = _S(0, "longest answer in evaluation, in tokens; 0 takes the longest reference answer and a quarter more", "evaluation", ge=0)
+    sample_answers: int = _S(2, "held-out rows answered after each held-out loss, to look at while it trains; 0 answers none", "evaluation", ge=0, le=20)
     label_field: str = _S("intent", "field of a JSON answer that is also scored alone; unused where answers lack it", "evaluation")
     export: str = _S("", "after training, export to these, separated by commas: merged, adapter, gguf:q4_k_m, …; first tried on a two-layer twin", "output")
     name: str = _S("run", "what the run folder's name starts with", "output", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")

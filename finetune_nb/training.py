@@ -69,6 +69,7 @@ def train(
 
 def _alone(recipe, choices, machine, model, tokenizer, train_rows, held_rows, shapes, folder, clock, say, resume, override):
     from finetune_nb.checkpoint import found
+    from finetune_nb.job import answer_along
     from finetune_nb.rehearse import rehearse
     from finetune_nb.train import build, fit
     with clock("prepare"): trainer = build(recipe, choices, model, tokenizer, train_rows, held_rows, folder, say)
@@ -76,5 +77,6 @@ def _alone(recipe, choices, machine, model, tokenizer, train_rows, held_rows, sh
     say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
     going_on = resume and found(folder / "checkpoints")  # its rows at once are known to fit
     with clock("rehearse"): rehearsal = rehearse(trainer, recipe, None if recipe.trust_remote_code else shapes, machine, say=say) if recipe.rehearse and not going_on else None
+    answer_along(trainer, held_rows, recipe.sample_answers)
     with clock("train"): metrics = fit(trainer, recipe, folder, say, resume, override)
     return Trained(metrics, trainer.state.global_step, trainer.state.log_history, trained, total), trainer.model, rehearsal
