@@ -1208,6 +1208,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'finetune_nb/monitor.py'),
                                      'finetune_nb.monitor.TrainMonitor.ready': ( 'monitor.html#trainmonitor.ready',
                                                                                  'finetune_nb/monitor.py'),
+                                     'finetune_nb.monitor.TrainMonitor.recipe': ( 'monitor.html#trainmonitor.recipe',
+                                                                                  'finetune_nb/monitor.py'),
                                      'finetune_nb.monitor.TrainMonitor.resume': ( 'monitor.html#trainmonitor.resume',
                                                                                   'finetune_nb/monitor.py'),
                                      'finetune_nb.monitor.TrainMonitor.run': ('monitor.html#trainmonitor.run', 'finetune_nb/monitor.py'),

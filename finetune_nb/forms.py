@@ -158,7 +158,7 @@ OWN_REASONS = {
     "max_steps": "passes over the rows are easier to compare than steps", "cut_answers": "a model that learns answers without an end does not stop", "group_by_length": "packing leaves no padding to save", "optimizer": "follows the machine: 8-bit states where memory is short",
     "seed": "any number does, as long as it is stored", "attention": "follows what is installed and what the card can do", "workers": "rows are tokenised once beforehand", "threads": "one a core is fastest here", "fast_path": "the same numbers in less time",
     "rehearse": "too little memory shows in the first minute", "parallel": "one process is simplest", "processes": "one, or one a GPU", "log_steps": "often enough for a curve", "compare": "without a comparison nobody knows whether training helped",
-    "eval_batch_size": "evaluation keeps no gradients, so more rows fit at once", "max_new_tokens": "follows the longest right answer", "label_field": "the field of the embedded task; unused where answers lack it", "export": "a run ends with its adapter", "name": "any name does",
+    "eval_batch_size": "evaluation keeps no gradients, so more rows fit at once", "max_new_tokens": "follows the longest right answer", "sample_answers": "two answers say more than a loss, and cost seconds", "label_field": "the field of the embedded task; unused where answers lack it", "export": "a run ends with its adapter", "name": "any name does",
     "compute_dtype": "follows dtype, so that there is one number format to think of", "tracker": "a tracker may send data away, so none unless asked for"}
 
 # %% ../nbs/15_forms.ipynb #62cbaa2a

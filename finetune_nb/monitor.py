@@ -175,20 +175,26 @@ def _look_on(face):
 class TrainMonitor(Watch):
     "Start, pause, go on with, stop and watch a run"
     def __init__(self,
-        recipe=None,  # a Recipe for runs to start; None takes the recipe of the run that is shown
+        recipe=None,  # a Recipe for runs to start, or a form whose value is one; None takes the recipe of the run that is shown
         out="runs",  # folder that holds runs
         run="",  # folder of a run to show; empty takes one of this recipe that is going on, if there is one
         every=1.0,  # seconds between two looks
     ):
         if recipe is None and not run: raise UserError(Problem("recipe", "is missing", "Give a Recipe to start, or the folder of a run to show"))
-        self.recipe, self.out = recipe, Path(run).parent if run and recipe is None else Path(out)
-        super().__init__(run or going_on(recipe, out) or "", every)
+        self.source, self.out = recipe, Path(run).parent if run and recipe is None else Path(out)
+        super().__init__(run or (going_on(self.recipe, out) if self.recipe else "") or "", every)
+
+    @property
+    def recipe(self):
+        "The Recipe as it is now; None without one, or while its form has something to mend"
+        try: return getattr(self.source, "value", self.source)
+        except UserError: return None
 
     value = property(lambda self: str(self.folder or ""), doc="The run's folder, or an empty text")
 
     def ready(self):
         "What is said before there is a run"
-        return f"Ready. Start trains {self.recipe.model} on {self.recipe.data} ({self.recipe.method})."
+        return f"Ready. Start trains {self.recipe.model} on {self.recipe.data} ({self.recipe.method})." if self.recipe else "The form has something to mend first."
 
     def _show(self, folder):
         with self._one: self.folder, self._events = folder, None
@@ -213,7 +219,7 @@ class TrainMonitor(Watch):
 
 # %% ../nbs/15c_monitor.ipynb #16ee0e1b
 def _start(monitor):
-    recipe = monitor.recipe or load(monitor.folder / "recipe.yaml")
+    recipe = getattr(monitor.source, "value", monitor.source) or load(_folder(monitor) / "recipe.yaml")  # a form that has something to mend says what
     if other := monitor.folder if monitor.folder and look(monitor.folder).live else going_on(recipe, monitor.out):
         monitor._show(other)
         raise UserError(Problem(str(other), "has not ended", "It is shown here; pause or stop it first"))

@@ -55,7 +55,7 @@ def answers(
 ):
     "Greedy answers: `Said`"
     start, longest_prompt = time.monotonic(), max(len(_prompt_ids(tokenizer, r["prompt"])) for r in rows)
-    found = _answer_tokens(model, tokenizer, rows, stop, longest, min(16, rows_at_once(model, longest + longest_prompt)))
+    found = _answer_tokens(model, tokenizer, rows, stop, longest, min(64, rows_at_once(model, longest + longest_prompt)))
     return Said([ids for ids, _ in found], [ended for _, ended in found], [_as_text(tokenizer, ids) for ids, _ in found], time.monotonic() - start)
 
 # %% ../nbs/12_said.ipynb #6c320937
