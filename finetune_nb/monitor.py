@@ -57,13 +57,13 @@ def _face():
 
 # %% ../nbs/15c_monitor.ipynb #d65ddee5
 def going_on(
-    recipe,  # a Recipe
+    recipe,  # a Recipe; None takes any
     out,  # folder that holds runs
 ):
     "The newest run of this recipe that has not ended, or None"
-    for folder in sorted(Path(out).glob(f"{recipe.name}-*"), reverse=True):
+    for file in sorted(Path(out).glob(f"{f'{recipe.name}-' if recipe else ''}*/run.json"), key=lambda f: f.stat().st_mtime, reverse=True):
         try:
-            if status(folder) in ("starting", "running") and load(folder / "recipe.yaml") == recipe: return folder
+            if status(file.parent) in ("starting", "running") and (not recipe or load(file.parent / "recipe.yaml") == recipe): return file.parent
         except (OSError, KeyError, UserError): continue
 
 
@@ -182,7 +182,7 @@ class TrainMonitor(Watch):
     ):
         if recipe is None and not run: raise UserError(Problem("recipe", "is missing", "Give a Recipe to start, or the folder of a run to show"))
         self.source, self.out = recipe, Path(run).parent if run and recipe is None else Path(out)
-        super().__init__(run or (going_on(self.recipe, out) if self.recipe else "") or "", every)
+        super().__init__(run or going_on(None if hasattr(recipe, "value") else recipe, out) or "", every)  # a form may have been changed since
 
     @property
     def recipe(self):
