@@ -6,7 +6,7 @@
 __all__ = ['Asked', 'fingerprint', 'ask', 'disk_needed', 'checks_of', 'row_of']
 
 # %% ../nbs/12h_format_job.ipynb #953a935d
-import math
+import json, math
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
