@@ -34,12 +34,12 @@ def until(true, what, seconds=120):
 
 @pytest.fixture
 def studio(lab):
-    "The notebook in the server's folder, with a cell after the form that makes the run short; {what a cell holds: its number}"
+    "The notebook in the server's folder, with a cell after the form that makes the run short; {first word of a cell: its number}"
     book = json.loads(STUDIO.read_text())
     at = next(i for i, c in enumerate(book["cells"]) if "form = RecipeForm" in "".join(c["source"]))
     book["cells"].insert(at + 1, dict(cell_type="code", id="short", metadata={}, execution_count=None, outputs=[], source=f"form.change(**{SMALL!r})"))
     (lab[2] / "studio.ipynb").write_text(json.dumps(book))
-    yield {re.match(r"\w+", s)[0]: i for i, c in enumerate(book["cells"]) if c["cell_type"] == "code" and (s := "".join(c["source"]))}
+    yield {re.match(r"\W*(\w+)", "".join(c["source"]))[1]: i for i, c in reversed(list(enumerate(book["cells"]))) if c["cell_type"] == "code"}
     for folder in lab[2].glob("runs/studio-*"):
         facts = read_json(folder / "run.json")
         if runs.status(folder) in ("running", "starting"): os.kill(facts["pid"], signal.SIGKILL)
@@ -55,20 +55,21 @@ def test_the_whole_way(notebook, lab, studio, shot):
     book = notebook("studio.ipynb")
     book.run()
     of = lambda name: book.output(studio[name])
-    expect(of("decision").get_by_role("combobox").first).to_be_visible()
-    told = of("decision").inner_text()
+    expect(of("exports").get_by_role("combobox").first).to_be_visible()  # the last cell is done
+    told = of("decision").text_content()
     of("decision").get_by_label("fails").select_option("facts")
-    until(lambda: of("decision").inner_text() != told, "another answer, another advice", 10)
+    until(lambda: of("decision").text_content() != told, "another answer, another advice", 20)
     shot(book.page, "studio-1-decision")
 
     form = of("form").first
     book.page.evaluate("n => { const c = jupyterapp.shell.currentWidget.content; c.activeCellIndex = n; c.scrollToItem ? c.scrollToItem(n) : null }", studio["form"])
+    shot(book.page, "studio-2-recipe")
     expect(form.locator("svg").first).to_be_visible()
-    form.get_by_role("button", name="adapter", exact=True).click()
+    form.get_by_role("button", name="method", exact=True).click()
     before, rank = form.locator("svg").first.inner_html(), form.get_by_label("lora_r", exact=True)
     rank.fill("256")
     rank.press("Enter")
-    until(lambda: form.locator("svg").first.inner_html() != before, "the memory bar moves", 10)
+    until(lambda: form.locator("svg").first.inner_html() != before, "the memory bar moves", 20)
     rank.fill("8")
     rank.press("Enter")
     shot(book.page, "studio-2-recipe")
@@ -96,7 +97,7 @@ def test_the_whole_way(notebook, lab, studio, shot):
     compared = of("compared")
     compared.get_by_role("button", name="Look again").click()
     compared.get_by_label("run", exact=True).select_option(folder.name)
-    until(lambda: "before" in compared.inner_text().lower() and "after" in compared.inner_text().lower(), "answers before and after", 30)
+    until(lambda: "before" in compared.text_content().lower() and "after" in compared.text_content().lower(), "answers before and after", 30)
     shot(book.page, "studio-4-compared")
 
 
