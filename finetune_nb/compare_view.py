@@ -101,7 +101,7 @@ def marked(
         else: out += [f'<del style="{_MARKS["dele"]}">{lost}</del>' * bool(lost), f'<ins style="{_MARKS["ins"]}">{new}</ins>' * bool(new)]
     return "".join(out)
 
-# %% ../nbs/15e_compare_view.ipynb #28c6132a
+# %% ../nbs/15e_compare_view.ipynb #2b179cab
 AGAINST = ("what is wanted", "each other", "nothing")
 
 
@@ -121,7 +121,7 @@ def row_html(
     cut = lambda r, k: shortened(r[k] or "", 3000)
     said = [escaped(cut(r, "answer")) if against == "nothing" else marked(cut(r, "answer"), cut(r, "reference") if against == AGAINST[0] else cut(before, "answer")) for r in (before, after)]
     if against == "each other": said[0] = escaped(cut(before, "answer"))
-    cell = lambda title, inner: f'<div style="min-width:0"><small style="opacity:.8">{title}</small><div style="white-space:pre-wrap;overflow-wrap:anywhere">{inner}</div></div>'
+    cell = lambda title, inner: f'<div style="min-width:0"><small>{title}</small><div style="white-space:pre-wrap;overflow-wrap:anywhere">{inner}</div></div>'
     cells = [cell("asked", escaped(cut(before, "prompt"))), cell("wanted", escaped(cut(before, "reference")))] + ([cell(f"before: {_state(before)}", said[0]), cell(f"after: {_state(after)}", said[1])] if before["answer"] is not None else [cell("before", _state(before)), cell("after", _state(after))])
     return f'<div role="group" aria-label="row {escaped(before["row"])}" style="border-top:1px solid rgba(127,127,127,.45);padding:4px 0;line-height:1.4"><small>row {escaped(before["row"])}</small><div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr));gap:4px 16px">{"".join(cells)}</div></div>'
 

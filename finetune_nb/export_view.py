@@ -115,7 +115,7 @@ def words_of(
     "The targets as `export_targets` takes them"
     return [w for k in KINDS if k in kinds for w in ([f"{k}:{l}" for l in levels] if k in ("gguf", "ollama") else [k])]
 
-# %% ../nbs/15g_export_view.ipynb #10c5f73d
+# %% ../nbs/15g_export_view.ipynb #706c641e
 @dataclass
 class Exports:
     "The exports of a run"
@@ -129,7 +129,7 @@ class _Ask(Looking):
     "The widgets of an ExportView"
     def _build(self):
         p = self.kit
-        self.note, self.told, self.said, self.made, self.tried, self.shown, self.sent = (p.place() for _ in range(7))
+        self.note, self.told, self.made, self.tried, self.shown, self.sent = (p.place() for _ in range(6))
         self.kinds, self.levels = p.several("targets", [(f"{k}: {what}", k) for k, what in _KINDS.items()], ["gguf"], "Ctrl or Shift chooses several", 5), p.several("levels", _LEVELS, ["q4_k_m"], "of GGUF files", 5)
         self.dtype, self.rows = p.choice("dtype", ["auto", "bfloat16", "float16", "float32"], "auto", "format of a merge; auto is the base's own"), p.text("rows", "40", "held-out rows for the certificate")
         self.licence, self.data_licence = (p.text(n, "", h, LICENCES) for n, h in (("licence", "of the result, where the base leaves the choice; empty takes the base's"), ("data licence", "where the data does not say it")))
@@ -139,7 +139,7 @@ class _Ask(Looking):
         self.which = p.choice("export", [], None, "which one to look at")
         self.private, self.unknown, self.message = p.switch("private", True), p.switch("publish with an unknown licence"), p.text("message", "", "of the commit; empty says what it is")
         self.dry, self.send = p.button("Dry run", "says what would be sent, and what speaks against it", lambda: self.press(self.sent, lambda: self.push(False))), p.button("Send to the Hub", "only after a dry run of the very same", lambda: self.press(self.sent, lambda: self.push(True)))
-        self.box = p.column(self.note, p.grid(self.kinds, self.levels, self.dtype, self.rows, self.licence, self.data_licence, self.language, self.repo, self.samples), self.replace, self.told, p.row(self.tries, self.make, self.end), self.said, self.tried, self.made,
+        self.box = p.column(self.note, p.grid(self.kinds, self.levels, self.dtype, self.rows, self.licence, self.data_licence, self.language, self.repo, self.samples), self.replace, self.told, p.row(self.tries, self.make, self.end), self.tried, self.made,
                             self.which, self.shown, p.row(self.private, self.unknown), self.message, p.row(self.dry, self.send), self.sent)
         for w in (self.kinds, self.levels, self.rows, self.licence, self.data_licence, self.samples): w.observe(lambda _: self.tell(), "value")
         for w in (self.which, self.repo, self.private, self.unknown, self.message): w.observe(lambda _: self._turned(), "value")

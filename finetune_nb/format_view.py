@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'pareto_svg', 'advice_html', 'Going', 'going', 'found_in', 'whole', 'QuantView']
 
-# %% ../nbs/15f_format_view.ipynb #ceef4c2b
+# %% ../nbs/15f_format_view.ipynb #c5b0fd45
 import math, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,13 @@ from pathlib import Path
 import ipywidgets as W
 
 from . import commands, runs
-from .core import DamagedFile, Problem, UserError, escaped, human_bytes, human_time, read_json, shortened
+from .core import DamagedFile, Problem, UserError, escaped, human_bytes, read_json, shortened
 from .detached import condition
 from .export import open_run
 from .formats import NO_LOSS, PURPOSES, USUAL, Formats, front
-from .forms import bar, line, problems_html, svg, unannounced
+from .forms import line, problems_html, svg, unannounced
 from .quantize import FORMATS, GROUPS, chosen, missing
-from .views import Looking, Parts, block_html, more_html, table_html
+from .views import Looking, Parts, more_html, table_html, wide_html
 
 # %% ../nbs/15f_format_view.ipynb #c4803fcf
 _SHAPES = {"transformers": ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z", "#7a7a7a"), "bitsandbytes": ("M-3.6-3.6h7.2v7.2h-7.2Z", "#d9570f"), "llama.cpp": ("M0-4.6L4.6 3.6H-4.6Z", "#2f7fd1"), "compressed-tensors": ("M0-5L5 0L0 5L-5 0Z", "#2e9455")}
@@ -82,7 +82,7 @@ def advice_html(
     item = lambda f: f'<li><b>{escaped(f["purpose"])}: {escaped(f["format"] or "none")}</b>, {escaped(f["reason"])}' + (f' <small>({escaped(f["figures"])})</small>' if f["figures"] else "") + "</li>"
     return f'<ul style="margin:.3em 0;padding-left:1.2em;line-height:1.45;overflow-wrap:anywhere">{"".join(map(item, map(found.recommend, PURPOSES)))}</ul>'
 
-# %% ../nbs/15f_format_view.ipynb #72988593
+# %% ../nbs/15f_format_view.ipynb #5a7f1185
 @dataclass
 class Going:
     "How far a comparison is"
@@ -92,15 +92,9 @@ class Going:
 
 
 def going(
-    folder,  # the folder of a comparison: quantize/ of a run
-    most=1 << 17,  # bytes of the log's end to read
+    lines,  # of the log of a comparison
 ):
-    "How far the newest comparison in a folder is: `Going`"
-    try:
-        with open(Path(folder) / "log.txt", "rb") as f:
-            f.seek(max(0, f.seek(0, 2) - most))
-            lines = [l for l in f.read().decode(errors="replace").splitlines() if l.strip()]
-    except OSError: return Going()
+    "How far the newest comparison in a log is: `Going`"
     heads = [(i, int(m[1])) for i, l in enumerate(lines) if (m := re.match(r"(\d+) formats on \d+ held-out rows", l))]
     start, of = heads[-1] if heads else (0, 0)
     return Going(of, tuple(m[1] for l in lines[start:] if (m := re.match(r"formats \d+/\d+ · (\S+): ", l))), lines[-1] if lines else "")
@@ -124,7 +118,7 @@ def found_in(
         raise DamagedFile(Problem(str(folder), f"holds damaged figures: {type(e).__name__}: {shortened(str(e), 80)}", "Start again; what is whole is kept")) from None
     return found if found.rows else None
 
-# %% ../nbs/15f_format_view.ipynb #6d47da07
+# %% ../nbs/15f_format_view.ipynb #da6f43a9
 _TOLD = {"quick": "all but GPTQ and AWQ", "all": "every format", "gguf": "for llama.cpp and Ollama", "imatrix": "GGUF with an importance matrix", "bnb": "bitsandbytes", "plain": "without quantization", "compressed": "GPTQ and AWQ, for vLLM"}
 
 
@@ -148,7 +142,7 @@ class _Quant(Looking):
         self.group = p.choice("group", [("as marked below", ""), *((f"{g}: {_TOLD[g]}", g) for g in _TOLD)], "quick", "formats that belong together")
         self.formats = p.several("formats", [(f"{f.name}: {f.phrase}", f.name) for f in FORMATS.values()], _names("quick"), "Ctrl or Shift chooses several", 8)
         self.rows, self.calibration, self.threads = p.text("rows", "40", "held-out rows to measure on; more make the intervals narrower"), p.text("calibration", "64", "training rows for formats that calibrate"), p.text("threads", "0", "processor threads; 0 takes all")
-        self.keep, self.bar = p.switch("keep every file that is made"), p.make(W.IntProgress, "formats that are done", value=0, max=1, description="formats")
+        self.keep, self.bar = p.switch("keep every file that is made"), p.make(W.IntProgress, "formats that are done", value=0, max=1, description="done")
         self.begin, self.end = p.button("Start", "measures as a process of its own; what was measured before is kept", lambda: self.press(self.message, self.start)), p.button("Stop", "stops after this format; pressed again, at once", lambda: self.press(self.message, self.stop))
         self.part = p.tabs(list(PARTS), "on the task", "which rows the plot is of")
         self.box = p.column(self.note, p.grid(self.group, self.rows, self.calibration, self.threads), self.formats, self.keep, self.told, p.row(self.begin, self.end), self.message, self.bar, self.said, self.part, self.drawn, self.table)
@@ -164,7 +158,7 @@ class _Quant(Looking):
     def draw(self):
         "Show what is measured"
         found = self.value or Formats([])
-        self.drawn.value = pareto_svg(found.done, PARTS[self.part.value]) if found.done else ""
+        self.drawn.value = wide_html(pareto_svg(found.done, PARTS[self.part.value])) if found.done else ""
         self.table.value = "".join([advice_html(found), table_html(found.table(brief=True), "formats"), more_html("all figures", table_html(found.table(), "formats, all figures")), "<small>± is two standard errors over rows; tokens/s of one request at a time on this machine.</small>"]) if found.rows else ""
 
 
@@ -234,14 +228,15 @@ def _stop(self):
 
 QuantView._fill, QuantView.going_on, QuantView.stop = _fill, _going_on, _stop
 
-# %% ../nbs/15f_format_view.ipynb #375d939e
+# %% ../nbs/15f_format_view.ipynb #46b8d110
 def _look(self):
     "Read how far it is, and show what is new"
-    self.command, busy, now = commands.look(self.job), self.going_on(), going(self.folder)
+    self.command, busy = commands.look(self.job), self.going_on()
+    now = going(self.command.said if self.command.live else commands.newest(self.folder / "log.txt"))  # the log holds earlier comparisons too
     how = "" if busy or self.command.status in ("none", "done") else f"The process {self.command.status}. "
     self.begin.disabled, self.end.disabled = busy, not busy
     self.bar.max, self.bar.value = max(now.of, 1), len(now.names)
-    words = (self.command.said or [now.said])[-1] if busy else how + now.said
+    words = how + (now.said or ("starting" if busy else ""))
     self.said.value = f'<div role="status" style="font-family:monospace;font-size:12px;overflow-wrap:anywhere">{escaped(shortened(words, 400))}</div>' + problems_html(self.command.problems, "")
     seen = (busy, now.names, [(p.name, p.stat().st_mtime_ns) for p in (self.folder / "formats.json", *sorted(self.folder.glob("formats/*.json"))) if p.is_file()])
     if seen == self._seen: return busy
