@@ -72,7 +72,7 @@ def _merged(asked, say):
     about = read_json(folder / "export.json", dict) if (folder / "export.json").is_file() else None
     if not about or any(not (folder / n).is_file() or sha256_file(folder / n) != digest for n, (_, digest) in about["files"].items()):
         if folder.exists(): shutil.rmtree(folder)
-        about = merge(asked.run, folder, rows=len(asked.rows), say=say)
+        about = merge(asked.run, folder, rows=min(16, len(asked.rows)), say=say)
     write_json(note, dict(model=asked.model))
     return folder, about["base"]
 

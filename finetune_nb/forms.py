@@ -186,7 +186,7 @@ def help_html(
             f'<details><summary style="cursor:pointer">why {escaped(word(FIELDS[name].default))}?</summary><ul style="margin:.2em 0;padding-left:1.2em">{rows}</ul></details></div>')
 
 # %% ../nbs/15_forms.ipynb #e2b003e8
-_GRID = dict(grid_template_columns="repeat(auto-fit, minmax(min(100%, 19rem), 1fr))", grid_gap="2px 1rem", max_width="60rem", width="auto", overflow="hidden")
+_GRID = dict(grid_template_columns="repeat(auto-fit, minmax(min(100%, 21rem), 1fr))", grid_gap="2px 1rem", max_width="60rem", width="auto", overflow="hidden")
 
 
 def grouped(

@@ -171,7 +171,12 @@ def _look_on(face):
         began, state = time.monotonic(), face.refresh()
         time.sleep(max(face.every * (1 if state and state.live else 5), 9 * (time.monotonic() - began)))
 
-# %% ../nbs/15c_monitor.ipynb #2897872a
+# %% ../nbs/15c_monitor.ipynb #437250bf
+def _recipe(monitor):
+    try: return getattr(monitor.source, "value", monitor.source)
+    except UserError: return None
+
+# %% ../nbs/15c_monitor.ipynb #4e5dcb1f
 class TrainMonitor(Watch):
     "Start, pause, go on with, stop and watch a run"
     def __init__(self,
@@ -184,12 +189,7 @@ class TrainMonitor(Watch):
         self.source, self.out = recipe, Path(run).parent if run and recipe is None else Path(out)
         super().__init__(run or going_on(None if hasattr(recipe, "value") else recipe, out) or "", every)  # a form may have been changed since
 
-    @property
-    def recipe(self):
-        "The Recipe as it is now; None without one, or while its form has something to mend"
-        try: return getattr(self.source, "value", self.source)
-        except UserError: return None
-
+    recipe = property(_recipe, doc="The Recipe as it is now; None without one, or while its form has something to mend")
     value = property(lambda self: str(self.folder or ""), doc="The run's folder, or an empty text")
 
     def ready(self):
