@@ -149,8 +149,7 @@ def log_probs(
             logits = model(input_ids=torch.tensor([r["input_ids"] + [0] * (longest - len(r["input_ids"])) for r in group], device=model.device), use_cache=False, **keep).logits
             for k, a in enumerate(at):
                 found.append(torch.log_softmax(logits[k, [place[i] for i in a] if keep else a].float(), -1).cpu())
-                kept += found[-1].nbytes
-                if kept >= most: return found
+                if (kept := kept + found[-1].nbytes) >= most: return found
     return found
 
 # %% ../nbs/12_export.ipynb #b4486c9f
