@@ -7,12 +7,13 @@ INSTALLED := $(VENV)/.finetune_nb-installed
 FORMATS := $(VENV)/.finetune_nb-formats
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test torture
+.PHONY: help install demo test docs torture
 
 help:
 	@echo "make install   make the virtual environment $(VENV) with everything pinned (once)"
 	@echo "make demo      fine-tune the embedded model on the home task, on the CPU, and show what it gained"
 	@echo "make test      run every notebook, then the tests"
+	@echo "make docs      build the website into _docs, with quarto if it is installed, else with smalldocs"
 	@echo "make torture   kill, damage and fill up: the long tests of checkpoints and resume (an hour or more)"
 
 install: $(INSTALLED)
@@ -34,6 +35,9 @@ demo: install
 test: $(FORMATS)
 	$(VENV)/bin/nbdev-test --n-workers 2
 	$(VENV)/bin/python -m pytest -q tests
+
+docs: install
+	$(VENV)/bin/python tools/docs.py
 
 torture: install
 	$(VENV)/bin/python bench/torture.py --notebooks 100 --two --harm --disk --at-once 20 --whole 2 --kills 100 --matrix 0 --out bench/results/$$(date +%F)-torture.json
