@@ -1,4 +1,6 @@
 "llms.txt and the skill file are made from what exists, and what they tell a program to type exists"
+import argparse
+import json
 import re
 import runpy
 import shlex
@@ -62,13 +64,20 @@ def test_every_verb_option_and_setting_is_told():
 
 def test_a_mistake_is_answered_as_told(capsys):
     assert main(["run", "-p", "learnin_rate", "1e-3", "--json"]) == 2
-    import json
     [problem] = json.loads(capsys.readouterr().out)["error"]
     assert {"place", "problem", "fix"} <= problem.keys() <= {"place", "problem", "fix", "value", "level", "source"}
 
 
+@pytest.mark.parametrize("command", ["doctor", "decide -p fails facts", "targets llama-3.1-8b", "plan --model llama-3.1-8b --card 4090", "parallel --model llama-3.1-8b --card 4090", "runs --out {empty}", "data {rows} --model ''"], ids=lambda c: c.split()[0])
+def test_answers_hold_what_is_told(command, tmp_path, tiny_rows, capsys):
+    words = shlex.split(command.format(empty=tmp_path, rows=tiny_rows))
+    main([*words, "--json"])
+    told = re.search(rf"^### `finetune-nb {words[0]}[^`]*`\n\n[^\n]*?(?:Answers `\{{([^`]*)\}}`|$)", SKILL, re.M)[1] or ""
+    assert told or words[0] == "runs"
+    assert {k.strip() for k in told.split(",")} - {"…", ""} <= json.loads(capsys.readouterr().out).keys()
+
+
 def test_a_verb_in_words():
-    import argparse
     p = argparse.ArgumentParser(description="Do it: {a, b}")
     p.add_argument("what", nargs="?", metavar="WHAT", help="the thing")
     p.add_argument("--to", choices=["x", "y"], help="where")

@@ -82,12 +82,12 @@ Mend every problem of the list, as its `fix` says, before you try again. Do not 
 ## The order of the steps
 
 1. `finetune-nb doctor --json`: what is installed, which device, what is missing and how to get it.
-2. `finetune-nb decide --blank` prints the questions as a file to fill in. Ask the person, leave open what nobody knows, then `finetune-nb decide --answers FILE --data rows.jsonl --json`. If `approach` is not a fine-tune, say so and stop here.
+2. `finetune-nb decide --blank` prints the questions as a file to fill in. Ask the person, leave open what nobody knows, then `finetune-nb decide --answers FILE --data rows.jsonl --json`. `approach` is `prompt`, `rag`, `finetune`, `finetune+rag` or `undecided`. If it is one of the first two, say so and stop here; if it is the last, measure with `finetune-nb bakeoff`.
 3. `finetune-nb data rows.jsonl --eval held-out.jsonl --json`. Exit code 2 means a run would stop. `effective` counts rows that really differ; `leaked` counts held-out rows that were trained on.
 4. `finetune-nb convert FILE --out recipe.yaml --json` if there is a training file of another tool. Show the person what was dropped.
 5. `finetune-nb plan recipe.yaml --card 4090 --json`: does it fit, and if not, `suggestion`. For several GPUs `finetune-nb parallel`.
 6. `finetune-nb run recipe.yaml --preset fast --json`: a rehearsal of everything, in minutes. Then the run itself, without `--preset fast`.
-7. Read `verdict` and the table of the answer. It compares the same held-out rows before and after, with intervals. Tell the person the verdict in its own words, also when it says that no difference was seen.
+7. Read `verdict`. It compares the same held-out rows before and after; `metrics` hold each score with its interval. Tell the person the verdict in its own words, also when it says that no difference was seen.
 8. `finetune-nb quantize RUN --json`, then `finetune-nb export RUN --to gguf:q4_k_m --json`. `parity` says of each export whether it answers as the trained model does.
 9. `finetune-nb push FOLDER OWNER/NAME --json` says what would be sent. Add `--yes` only when the person has said so.
 
