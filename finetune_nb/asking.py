@@ -89,12 +89,12 @@ def serve(
             except Exception as e: found = dict(problem=f"{type(e).__name__}: {shortened(str(e), 300)}")
             out.write(json.dumps(dict(question=asked["question"], who=asked["who"]) | found) + "\n")
 
-# %% ../nbs/15e_asking.ipynb #1a07f408
+# %% ../nbs/15e_asking.ipynb #27885deb
 PROGRAM = "import sys; from finetune_nb.asking import serve; serve(sys.argv[1], sys.argv[2] == 'True')"
 
 
-class Asker:
-    "Those of a run that can be asked, in a worker that stays open"
+class _Worker:
+    "The process that answers"
     def __init__(self,
         run,  # a run folder
         threads=0,  # processor threads of the worker; 0 leaves it to the libraries
@@ -106,6 +106,21 @@ class Asker:
     @property
     def waiting(self): return [w for w, found in self.replies.items() if found is None]
 
+    def wait(self, seconds=600):
+        "Wait for all answers: {who: answer}"
+        until = time.monotonic() + seconds
+        while self.waiting and time.monotonic() < until: time.sleep(0.05)
+        return self.replies
+
+    def close(self):
+        "End the worker, whatever it is doing; the memory is free again"
+        process, self._process = self._process, None
+        if process: process.kill(), process.wait()
+        for w in self.waiting: self.replies[w] = dict(problem="was closed before it answered")
+
+# %% ../nbs/15e_asking.ipynb #e7b4b2c0
+class Asker(_Worker):
+    "Those of a run that can be asked, in a worker that stays open"
     def ask(self,
         text,  # the question
         who=(),  # names of those to ask; empty asks all
@@ -127,18 +142,6 @@ class Asker:
             for w in who: self._process.stdin.write(json.dumps(dict(question=self.question, who=w, messages=messages, longest=longest)) + "\n")
             self._process.stdin.flush()
         except OSError: pass  # it has just died, which its reader tells
-
-    def wait(self, seconds=600):
-        "Wait for all answers: {who: answer}"
-        until = time.monotonic() + seconds
-        while self.waiting and time.monotonic() < until: time.sleep(0.05)
-        return self.replies
-
-    def close(self):
-        "End the worker, whatever it is doing; the memory is free again"
-        process, self._process = self._process, None
-        if process: process.kill(), process.wait()
-        for w in self.waiting: self.replies[w] = dict(problem="was closed before it answered")
 
 # %% ../nbs/15e_asking.ipynb #db11c564
 def _start(asker):

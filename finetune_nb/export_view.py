@@ -23,7 +23,7 @@ from .preflight import KINDS, WITH_IMPORTANCE, allowed_problems, export_targets,
 from .serve import llama_command
 from .views import Looking, Parts, block_html, more_html, table_html
 
-# %% ../nbs/15g_export_view.ipynb #940cbd1c
+# %% ../nbs/15g_export_view.ipynb #5dcad446
 @dataclass
 class Export:
     "An export of a run, as its folder has it"
@@ -39,7 +39,7 @@ class Export:
     @property
     def verdict(self): return self.certificate.verdict if self.certificate else "not looked at"
 
-
+# %% ../nbs/15g_export_view.ipynb #fbaf0ce8
 def serving(
     folder,  # an exported folder
 ):
@@ -146,7 +146,7 @@ class _Ask(Looking):
 
     def tell(self): "Say what is wrong with what is asked for"; self.told.value = problems_html(self.wrong(), f"Makes {escaped(', '.join(self.words))}.")
 
-# %% ../nbs/15g_export_view.ipynb #2dcec597
+# %% ../nbs/15g_export_view.ipynb #daabec3d
 class ExportView(_Ask):
     "What a run becomes; its value is an Exports"
     def __init__(self,
@@ -154,8 +154,7 @@ class ExportView(_Ask):
         trust_remote_code=False,  # let the model's own code run, if the recipe says so too
     ):
         super().__init__()
-        self.run, self.trust, self.value, self._unfit, self.recipe, self.kit, self._seen = Path(run), trust_remote_code, Exports(), [], None, None, None
-        self.jobs = {n: commands.Command("none") for n in ("export", "try", "push")}
+        self.run, self.trust, self.value, self._unfit, self.recipe, self._seen, self.jobs = Path(run), trust_remote_code, Exports(), [], None, None, dict.fromkeys(("export", "try", "push"), commands.Command("none"))
         try: self.recipe = open_run(run, trust_remote_code).recipe
         except UserError as e: self._unfit = e.problems
         with unannounced():

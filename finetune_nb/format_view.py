@@ -118,7 +118,7 @@ def found_in(
         raise DamagedFile(Problem(str(folder), f"holds damaged figures: {type(e).__name__}: {shortened(str(e), 80)}", "Start again; what is whole is kept")) from None
     return found if found.rows else None
 
-# %% ../nbs/15f_format_view.ipynb #da6f43a9
+# %% ../nbs/15f_format_view.ipynb #0a79f859
 _TOLD = {"quick": "all but GPTQ and AWQ", "all": "every format", "gguf": "for llama.cpp and Ollama", "imatrix": "GGUF with an importance matrix", "bnb": "bitsandbytes", "plain": "without quantization", "compressed": "GPTQ and AWQ, for vLLM"}
 
 
@@ -133,7 +133,7 @@ def whole(
     problems.append(Problem(name, "is no number that makes sense here", f"Give a whole number, at least {least}", text))
     return least
 
-
+# %% ../nbs/15f_format_view.ipynb #37bb142e
 class _Quant(Looking):
     "The widgets of a QuantView"
     def _build(self):

@@ -103,12 +103,9 @@ def more_html(
     "Something that is shown when it is opened"
     return f'<details><summary style="cursor:pointer">{escaped(title)}</summary>{inner}</details>'
 
-# %% ../nbs/15d_views.ipynb #c4bc488e
-COLAB = "Colab shows changes only while a cell runs: call watch() of this view in the next cell."
-
-
-class Looking(Form):
-    "A form that brings itself up to date"
+# %% ../nbs/15d_views.ipynb #583cf0e6
+class _Look(Form):
+    "A form that can look again"
     def __init__(self,
         every=1.0,  # seconds between two looks
     ): self.every, self.mistakes, self._thread, self._one, self._ended, self._now = every, [], None, threading.RLock(), threading.Event(), threading.Event()
@@ -138,6 +135,12 @@ class Looking(Form):
         answered(place, does, busy)
         self._now.set()  # look at once
 
+# %% ../nbs/15d_views.ipynb #f3f6c95c
+COLAB = "Colab shows changes only while a cell runs: call watch() of this view in the next cell."
+
+
+class Looking(_Look):
+    "A form that brings itself up to date"
     def _ipython_display_(self):
         super()._ipython_display_()
         if not live() or self.box.comm is None or self._thread: return
