@@ -143,11 +143,17 @@ class Asker(_Worker):
             self._process.stdin.flush()
         except OSError: pass  # it has just died, which its reader tells
 
-# %% ../nbs/15e_asking.ipynb #db11c564
+# %% ../nbs/15e_asking.ipynb #090a1011
+_workers = {}  # run folder: the Asker whose worker is open
+
+
 def _start(asker):
+    folder = asker.run.folder.resolve()
+    if _workers.get(folder, asker) is not asker: _workers[folder].close()
+    _workers[folder] = asker
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JPY_")} | ({"OMP_NUM_THREADS": str(asker.threads)} if asker.threads else {})
     asker._said = tempfile.TemporaryFile("w+")
-    asker._process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(asker.run.folder.resolve()), str(asker.trust)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=asker._said, text=True, start_new_session=True)
+    asker._process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), str(asker.trust)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=asker._said, text=True, start_new_session=True)
     threading.Thread(target=_hear, args=(asker, asker._process, asker._said), daemon=True, name="asker").start()
 
 

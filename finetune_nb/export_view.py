@@ -70,14 +70,14 @@ def exported(
         if isinstance(e, UserError): raise
         raise DamagedFile(Problem(str(folder), f"is damaged: {type(e).__name__}: {shortened(str(e), 80)}", "Export it again")) from None
 
-# %% ../nbs/15g_export_view.ipynb #aaaa392f
+# %% ../nbs/15g_export_view.ipynb #4cb0fa72
 def checks_html(
     head,  # what they come to
     checks,  # list of Check
 ):
     "Checks as a table, those that did not pass first"
     rows = [dict(verdict=c.verdict, check=c.check, found=c.found, limit=c.limit, why=c.why) for c in sorted(checks, key=lambda c: -ORDER.index(c.verdict))]
-    return f'<p style="margin:.3em 0;overflow-wrap:anywhere"><b>{escaped(head)}</b></p>{table_html(rows, "checks")}'
+    return f'<p style="margin:.3em 0;line-height:1.45;overflow-wrap:anywhere"><b>{escaped(head)}</b></p>{table_html(rows, "checks")}'
 
 
 def export_html(
@@ -218,7 +218,7 @@ def _tried(self):
 
 ExportView.stop, ExportView.push, ExportView._sending, ExportView._tried = _stop, _push, _sending, _tried
 
-# %% ../nbs/15g_export_view.ipynb #3b9c2d1c
+# %% ../nbs/15g_export_view.ipynb #aae2a4e7
 def push_html(
     answer,  # what `finetune-nb push --json` answered
 ):
@@ -226,7 +226,7 @@ def push_html(
     files, refused = answer.get("files") or [], answer.get("refused") or []
     head = f"Sent: {answer['url']}" if answer.get("url") else "Would be refused" if refused else "Would be sent"
     listed = "".join(f"<li>{escaped(p)}</li>" for p in answer.get("problems") or [])
-    return f'<p style="margin:.3em 0;overflow-wrap:anywhere"><b>{escaped(head)}</b>: {len(files)} files, {escaped(human_bytes(sum(n for _, n in files)))}, to {escaped(answer.get("repo", ""))} ({"private" if answer.get("private") else "public"})</p><ul style="margin:.3em 0;padding-left:1.2em">{listed}</ul>{table_html([dict(file=n, size=human_bytes(b)) for n, b in files], "files to send")}'
+    return f'<p style="margin:.3em 0;line-height:1.45;overflow-wrap:anywhere"><b>{escaped(head)}</b>: {len(files)} files, {escaped(human_bytes(sum(n for _, n in files)))}, to {escaped(answer.get("repo", ""))} ({"private" if answer.get("private") else "public"})</p><ul style="margin:.3em 0;padding-left:1.2em;line-height:1.45;overflow-wrap:anywhere">{listed}</ul>{table_html([dict(file=n, size=human_bytes(b)) for n, b in files], "files to send")}'
 
 
 def _told(command, shown):

@@ -133,7 +133,7 @@ def whole(
     problems.append(Problem(name, "is no number that makes sense here", f"Give a whole number, at least {least}", text))
     return least
 
-# %% ../nbs/15f_format_view.ipynb #37bb142e
+# %% ../nbs/15f_format_view.ipynb #dfef22fc
 class _Quant(Looking):
     "The widgets of a QuantView"
     def _build(self):
@@ -159,7 +159,7 @@ class _Quant(Looking):
         "Show what is measured"
         found = self.value or Formats([])
         self.drawn.value = wide_html(pareto_svg(found.done, PARTS[self.part.value])) if found.done else ""
-        self.table.value = "".join([advice_html(found), table_html(found.table(brief=True), "formats"), more_html("all figures", table_html(found.table(), "formats, all figures")), "<small>± is two standard errors over rows; tokens/s of one request at a time on this machine.</small>"]) if found.rows else ""
+        self.table.value = "".join([advice_html(found), table_html(found.table(brief=True), "formats"), more_html("all figures", table_html(found.table(), "formats, all figures")), "<small style='line-height:1.45'>± is two standard errors over rows; tokens/s of one request at a time on this machine.</small>"]) if found.rows else ""
 
 
 def _names(group): return [f.name for f in chosen(group)]
