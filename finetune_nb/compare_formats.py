@@ -16,7 +16,7 @@ from .format_job import _version, ask, checks_of, disk_needed, fingerprint, row_
 from .formats import Formats
 from .hardware import disk_problems, machine, versions
 from .measure_format import apart, measure, scored
-from .quantize import FORMATS, chosen, missing
+from .quantize import FORMATS, arithmetic, chosen, missing
 from .tree import configuration, shapes_of
 
 # %% ../nbs/12i_compare_formats.ipynb #dad62926
@@ -24,9 +24,9 @@ _LISTEN = """
 import json, numpy, torch
 from finetune_nb.importance import importance
 from finetune_nb.models import load_model
-folder, rows, to, threads, trust = arguments
+folder, rows, to, threads, trust, dtype = arguments
 torch.set_num_threads(int(threads))
-model = load_model(folder, "float32", trust_remote_code=trust == "True")
+model = load_model(folder, dtype, trust_remote_code=trust == "True")
 numpy.savez(to, **importance(model, [dict(input_ids=ids) for ids in json.load(open(rows))]))
 """
 
@@ -38,7 +38,7 @@ def _importance(asked, model):
     if not to.is_file():
         write_json(rows, asked.calibration)
         part = to.with_suffix(".part.npz")
-        apart(_LISTEN, [model, rows, part, asked.job["threads"], asked.job["trust"]], asked.log, asked.job["threads"])
+        apart(_LISTEN, [model, rows, part, asked.job["threads"], asked.job["trust"], arithmetic(FORMATS["bf16"])], asked.log, asked.job["threads"])
         part.replace(to)
     return dict(numpy.load(to))
 

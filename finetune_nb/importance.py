@@ -37,7 +37,7 @@ def _listener(model, sums):
             at = _INPUTS.get(getattr(func, "__name__", ""))
             if at and len(args) > at[1] and isinstance(args[at[1]], torch.Tensor) and (where := places.get(args[at[1]].data_ptr())):
                 x = args[at[0]].detach().reshape(-1, args[at[0]].shape[-1]).float()
-                sums[where] = [sums.get(where, [0, 0])[0] + x.square().sum(0, dtype=torch.float64).cpu(), sums.get(where, [0, 0])[1] + len(x)]
+                sums[where] = [sums.get(where, [0, 0])[0] + x.float().square().sum(0, dtype=torch.float64).cpu(), sums.get(where, [0, 0])[1] + len(x)]
             return func(*args, **(kwargs or {}))
     return Listener()
 
