@@ -131,12 +131,15 @@ def processed(path):
     class Signatures(exec_show_docs):
         "Shows what the module holds. nbdev would run the exported cells and every cell with an import in it, and look a bare name up in any module that has it"
         def begin(self):
-            super().begin()
             module = next((c.directives_["default_exp"] for c in self.nb.cells if "default_exp" in c.directives_), "")
-            if module: self.k.user_ns.update(vars(import_module(f"finetune_nb.{module}")), show_doc=documented)
+            if not module: return
+            super().begin()
+            self.k.user_ns.update(vars(import_module(f"finetune_nb.{module}")), show_doc=documented)
 
         def __call__(self, cell):
             if "\nshow_doc(" in cell.source: super().__call__(cell)
+
+        def end(self): "Widgets are not kept"
 
     class Page(FilterDefaults):
         def base_procs(self): return [Signatures if p is exec_show_docs else p for p in super().base_procs() if p is not clean_magics]  # it reads pyproject.toml anew for each cell
