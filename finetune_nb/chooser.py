@@ -24,7 +24,7 @@ class Chooser(Form):
     ):
         self.make, self.out, self.view, self._quiet = view, Path(out), None, False
         with unannounced():
-            self.runs, self.told, self.place = described(W.Dropdown(options=[("", "")], description="run"), "the finished runs of the folder, newest first"), answer_place(), W.VBox([])
+            self.runs, self.told, self.place = described(W.Dropdown, "the finished runs of the folder, newest first", options=[("", "")], description="run"), answer_place(), W.VBox([])
             self.again = button("Look again", "reads the folder anew", self.refresh)
             self.box = W.VBox([row(self.runs, self.again), self.told, self.place], layout=W.Layout(width="auto", max_width="64rem", overflow="hidden"))
         self.runs.observe(lambda change: self._quiet or self.choose(change["new"]), "value")

@@ -27,7 +27,7 @@ def ask(
     "The control of a question, still open"
     q, (kind, choices) = QUESTIONS[name], KINDS[name]
     if not choices: return text_control(name, "", q.question)
-    return described(W.Dropdown(options=[_OPEN, *((_WORDS.get(c, c), c) for c in choices)], value="unknown", description=name), q.question)
+    return described(W.Dropdown, q.question, options=[_OPEN, *((_WORDS.get(c, c), c) for c in choices)], value="unknown", description=name)
 
 
 def question_html(

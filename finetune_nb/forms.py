@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RED', 'AMBER', 'OWN_REASONS', 'COLORS', 'live', 'unannounced', 'Form', 'problems_html', 'answered', 'limits',
-           'text_control', 'described', 'control', 'read', 'fill', 'explain', 'help_html', 'grouped', 'row', 'button',
-           'answer_place', 'svg', 'line', 'bar', 'memory_parts', 'memory_sentence', 'memory_svg']
+           'text_control', 'look', 'described', 'control', 'read', 'fill', 'explain', 'help_html', 'grouped', 'row',
+           'button', 'answer_place', 'svg', 'line', 'bar', 'memory_parts', 'memory_sentence', 'memory_svg']
 
 # %% ../nbs/15_forms.ipynb #8da7aa89
 import base64, io, os
 from contextlib import contextmanager
+from functools import cache
 from typing import get_args
 
 import ipywidgets as W
@@ -108,19 +109,30 @@ def text_control(
     suggestions=(),  # values to search in; any other can be typed too
 ):
     "A line of text, with suggestions if there are any"
-    kind = (lambda **more: W.Combobox(options=list(suggestions), ensure_option=False, **more)) if suggestions else W.Text
-    return described(kind(value=value, description=name, continuous_update=False), help)
+    more = dict(options=list(suggestions), ensure_option=False) if suggestions else {}
+    return described(W.Combobox if suggestions else W.Text, help, value=value, description=name, continuous_update=False, **more)
+
+
+@cache
+def _one(kind, seen, **how): return kind(**how)
+
+
+def look(
+    kind,  # class of a widget
+):
+    "{layout, style} that all widgets of a kind share: one of its own each would be two more messages to the browser"
+    style, seen = kind.class_traits()["style"].klass, live()
+    return dict(layout=_one(W.Layout, seen, width="auto", min_width="0", max_width=_FULL), style=_one(style, seen, **({"description_width": _LABEL} if "description_width" in style.class_trait_names() else {})))
 
 
 def described(
-    control,  # a widget with a description
+    kind,  # class of a control
     help,  # what it is for, one line
+    **more,  # what it is made with
 ):
-    "The control with the layout of all controls, and its help as a tip"
-    control.style.description_width = _LABEL
-    control.layout = W.Layout(width="auto", min_width="0", max_width=_FULL)
-    setattr(control, "tooltip" if control.has_trait("tooltip") else "description_tooltip", help)  # ipywidgets 8, 7
-    return control
+    "A control with the look of all controls, and its help as a tip"
+    tip = "tooltip" if "tooltip" in kind.class_trait_names() else "description_tooltip"  # ipywidgets 8, 7
+    return kind(**{tip: help}, **look(kind), **more)
 
 # %% ../nbs/15_forms.ipynb #bfdb7b63
 def control(
@@ -129,8 +141,8 @@ def control(
 ):
     "The control of a setting, with its default"
     field = FIELDS[name]
-    if field.annotation is bool: return described(W.Checkbox(value=field.default, description=name), field.description)
-    if choices := get_args(field.annotation): return described(W.Dropdown(options=list(choices), value=field.default, description=name), field.description)
+    if field.annotation is bool: return described(W.Checkbox, field.description, value=field.default, description=name)
+    if choices := get_args(field.annotation): return described(W.Dropdown, field.description, options=list(choices), value=field.default, description=name)
     return text_control(name, str(field.default), field.description, suggestions)
 
 
@@ -193,8 +205,7 @@ def grouped(
     groups,  # {group: list of (control, help as HTML)}
 ):
     "(buttons that choose a group, a box that shows the chosen one)"
-    wide = W.Layout(width="auto", min_width="0")
-    grids = {g: W.GridBox([w for c, told in pairs for w in (c, W.HTML(told, layout=wide))], layout=W.Layout(**_GRID)) for g, pairs in groups.items()}
+    grids = {g: W.GridBox([w for c, told in pairs for w in (c, W.HTML(told, **look(W.HTML)))], layout=W.Layout(**_GRID)) for g, pairs in groups.items()}
     first = next(iter(groups))
     choose, shown = W.ToggleButtons(options=list(groups), value=first), W.VBox([grids[first]])
     choose.style.button_width = "auto"

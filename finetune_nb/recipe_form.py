@@ -136,8 +136,8 @@ def _build(self, card, folder):
     self.controls, groups = {n: control(n, _SUGGEST.get(n, ())) for n in FIELDS}, {}
     for n, f in FIELDS.items(): groups.setdefault(f.json_schema_extra["group"], []).append((self.controls[n], help_html(n)))
     cards = [("none: which would do?", ""), (_HERE, _HERE), *((f"{c.name} ({human_bytes(c.usable)})", c.name) for c in CARDS.values())]
-    self.preset = described(W.Dropdown(options=list(PRESETS), description="preset"), "settings to start from")
-    self.card = described(W.Dropdown(options=cards, value=card, description="card"), "the GPU the memory is held against")
+    self.preset = described(W.Dropdown, "settings to start from", options=list(PRESETS), description="preset")
+    self.card = described(W.Dropdown, "the GPU the memory is held against", options=cards, value=card, description="card")
     self.folder, self.path = text_control("folder", folder, "where the files are written"), text_control("recipe file", "recipe.yaml", "a recipe to load")
     self.memory, self.advice, self.layers, self.told, self.text, self.done = (answer_place() for _ in range(6))
     self.start = button("Start from this preset", "sets what presets set, leaves model and data alone", lambda: self.use(self.preset.value))
