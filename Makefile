@@ -34,7 +34,7 @@ demo: install
 
 test: $(FORMATS)
 	$(VENV)/bin/nbdev-test --n-workers 2
-	$(VENV)/bin/python -m pytest -q tests
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests
 
 docs: install
 	$(VENV)/bin/python tools/docs.py

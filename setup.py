@@ -49,7 +49,7 @@ setup(
     install_requires=settings["requirements"].split(),
     extras_require={key.removesuffix("_requirements"): settings[key].split() for key in settings if key.endswith("_requirements")},
     packages=find_packages(include=[package, f"{package}.*"]),
-    package_data={package: ["shapes.json", "general.txt"]},
+    package_data={package: ["shapes.json", "general.txt", ".agents/skills/finetune-nb/SKILL.md"]},
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{package}={package}._modidx:d"],  # lets `name` in a notebook link to its page

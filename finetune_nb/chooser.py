@@ -59,6 +59,7 @@ def _choose(self, run):
 def _shown(self, run):
     self.view = self.make(run)
     if self.box.comm is not None: self.place.children = (self.view.box,)
+    if hasattr(self.view, "attend"): self.view.attend()
     return ""
 
 

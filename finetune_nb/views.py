@@ -143,6 +143,10 @@ class Looking(_Look):
     "A form that brings itself up to date"
     def _ipython_display_(self):
         super()._ipython_display_()
+        self.attend()
+
+    def attend(self):
+        "Look on by itself from now on, if somebody can see it"
         if not live() or self.box.comm is None or self._thread: return
         if "google.colab" in sys.modules: self.note.value = escaped(COLAB)
         self._thread = threading.Thread(target=_look_on, args=(self,), daemon=True, name="view")

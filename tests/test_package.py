@@ -62,7 +62,7 @@ def test_metadata_is_that_of_the_settings(wheel):
     assert meta["License"] == "Apache-2.0" and any(n.endswith("/LICENSE") for n in wheel)
     needed = [r for r in meta.get_all("Requires-Dist") if "extra ==" not in r]
     assert sorted(needed) == sorted(config["requirements"].split())
-    assert {"demo", "lab", "data", "track", "parallel", "gguf", "compressed", "app", "dev"} == set(meta.get_all("Provides-Extra"))
+    assert {"demo", "lab", "data", "track", "parallel", "gguf", "compressed", "app", "docs", "dev"} == set(meta.get_all("Provides-Extra"))
 
 
 def test_commands_are_declared(wheel):
