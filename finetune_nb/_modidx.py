@@ -179,6 +179,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'finetune_nb/certificate.py'),
                                          'finetune_nb.certificate._trained': ('certificate.html#_trained', 'finetune_nb/certificate.py'),
                                          'finetune_nb.certificate.certify': ('certificate.html#certify', 'finetune_nb/certificate.py'),
+                                         'finetune_nb.certificate.evaluated_checks': ( 'certificate.html#evaluated_checks',
+                                                                                       'finetune_nb/certificate.py'),
                                          'finetune_nb.certificate.export_model': ( 'certificate.html#export_model',
                                                                                    'finetune_nb/certificate.py'),
                                          'finetune_nb.certificate.export_tokenizer': ( 'certificate.html#export_tokenizer',

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'QUANTIZED', 'KINDS', 'LORA', 'Check', 'graded', 'export_tokenizer', 'reading_checks', 'speaking_checks',
-           'weight_checks', 'score_check', 'Certificate', 'certify', 'export_model', 'gguf_file']
+           'weight_checks', 'score_check', 'evaluated_checks', 'Certificate', 'certify', 'export_model', 'gguf_file']
 
-# %% ../nbs/12a_certificate.ipynb #3451c880
+# %% ../nbs/12a_certificate.ipynb #6889d41d
 import json, math, time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from .compare_scores import Comparison, paired_shares
 from .core import Problem, UserError, human_bytes, markdown_table, plain, read_json, redact, sha256_file, stop_on_errors, write_json
-from .evaluate import _stop_ids
+from .evaluate import Scores, _stop_ids
 from .export import LIMIT, SAME, Run, base_model, base_problems, compute_dtype, divergence, held_rows, log_probs, open_run, trained_model
 from .hardware import machine, versions
 from .llama import open_gguf
@@ -134,6 +134,19 @@ def score_check(
     tiny = name == "loss" and c["value"] < SAME or alike and not seen
     return Check("task score", f"{name} {line['before']} before, {line['after']} after, change {line['change']}", "fail" if down and seen and not tiny else "warn" if down and not tiny else "pass", "not worse", f"paired on {c['n']} rows; the interval says how large a change they could hide")
 
+# %% ../nbs/12a_certificate.ipynb #1b2e3481
+def evaluated_checks(
+    run,  # a Run
+    scores,  # Scores of the export on some of the run's held-out rows
+):
+    "Does the export do as well as the model did in 4 bits, when the run evaluated it? Nothing for other methods"
+    path = run.folder / "scores.json"
+    if run.recipe.method != "qlora" or not path.is_file(): return []
+    told = Scores.from_json(read_json(path, dict)["after"])
+    both = {r["row"] for r in told.rows} & {r["row"] for r in scores.rows}
+    found = score_check(*(Scores([r for r in s.rows if r["row"] in both], s.label_field) for s in (told, scores))) if both else None
+    return [replace(found, check="task score, as evaluated in 4 bits")] if found else []
+
 # %% ../nbs/12a_certificate.ipynb #9a36d088
 @dataclass(frozen=True)
 class Certificate:
@@ -162,7 +175,7 @@ class Certificate:
 
     def _repr_markdown_(self): return f"**{markdown_table([dict(x=self._head())]).splitlines()[2][2:-2]}**\n\n{markdown_table([asdict(c) for c in self.checks], dict(verdict='', check='check', found='found', limit='limit', why='why'))}"
 
-# %% ../nbs/12a_certificate.ipynb #12edc564
+# %% ../nbs/12a_certificate.ipynb #84b984cf
 KINDS = {"gguf-lora": "adapter.gguf", "gguf": "*.gguf", "adapter": "adapter_config.json"}  # what a folder is that does not say it, by a file in it
 
 
@@ -179,8 +192,8 @@ def certify(
     kind, r = about.get("kind") or next((k for k, file in KINDS.items() if list(folder.glob(file))), "merged"), run.recipe
     theirs = load_tokenizer(r.model, run.revision, r.trust_remote_code)
     stop_on_errors(base_problems(run, theirs))
-    rows, encoded = held_rows(run, theirs, n, rows)
-    try: checks, facts = _compared(folder, run, kind, rows, encoded, theirs, say)
+    own, (rows, encoded) = rows is None, held_rows(run, theirs, n, rows)
+    try: checks, facts = _compared(folder, run, kind, rows, encoded, theirs, say, own)
     except UserError as e: checks, facts = [Check("loads", str(p), "fail", "without a problem", "what cannot be loaded cannot be served") for p in e.problems], {}
     facts |= dict(versions=versions(), files={f.name: sha256_file(f) for f in sorted(folder.glob("*")) if f.suffix in (".safetensors", ".json", ".jinja", ".gguf") and f.name not in ("certificate.json", "export.json")})
     found = Certificate(folder.resolve().name, kind, run.folder.resolve().name, checks, len(rows), facts)
@@ -237,7 +250,7 @@ def _in_llama(folder, run, kind, rows, encoded, theirs, longest):
         return checks, asked, gguf.stops, dict(bytes=sum(f.stat().st_size for f in (file, lora) if f), load_seconds=round(gguf.load_seconds, 2), device="llama.cpp", compute="llama.cpp", quantized=mix.bits_per_weight < 15,
                                                mix=asdict(mix) | dict(fell_back=len(mix.fell_back)), speed=gguf.speed(), threads=gguf.threads, built_in_template=f"the same on {sum(built_in)} of {len(built_in)} rows" if built_in else "unknown to llama.cpp", llama_cpp=version("llama_cpp_python"))
 
-# %% ../nbs/12a_certificate.ipynb #6b8025d1
+# %% ../nbs/12a_certificate.ipynb #b6750da1
 def _trained(run, dtype, device, rows, encoded, tokenizer, longest):
     "`Answered` of the trained model, and the base's divergence from it"
     model = trained_model(run, dtype).to(device)
@@ -250,7 +263,7 @@ def _trained(run, dtype, device, rows, encoded, tokenizer, longest):
 def _finite(figures): return {k: v if math.isfinite(v) else None for k, v in figures.items()}
 
 
-def _compared(folder, run, kind, rows, encoded, theirs, say):
+def _compared(folder, run, kind, rows, encoded, theirs, say, own):
     "(checks, facts) of an export that loads"
     r, device, total = run.recipe, machine().device, shapes_of(run.recipe.model, say).total
     longest, dtype = r.max_new_tokens or 8 + 5 * max(sum(l != -100 for l in e["labels"]) for e in encoded) // 4, compute_dtype(total, "bfloat16")
@@ -261,6 +274,6 @@ def _compared(folder, run, kind, rows, encoded, theirs, say):
     say("certificate 2/2: the export")
     reading, after, stops, facts = _in_llama(folder, run, kind, rows, encoded, theirs, longest) if kind.startswith("gguf") else _in_transformers(folder, run, kind, rows, encoded, theirs, longest, dtype, device)
     found = divergence(before.logs, after.logs)
-    checks = [*reading, *weight_checks(found, base, facts["quantized"]), *(speaking_checks(before.said, after.said, ends, stops) if before.said.ids else []), score_check(before.scores, after.scores, found["kl"] <= SAME)]
+    checks = [*reading, *weight_checks(found, base, facts["quantized"]), *(speaking_checks(before.said, after.said, ends, stops) if before.said.ids else []), score_check(before.scores, after.scores, found["kl"] <= SAME), *(evaluated_checks(run, after.scores) if own else [])]
     speed = [round(sum(map(len, a.said.ids)) / max(a.said.seconds, 1e-9), 1) for a in (before, after)]
     return checks, facts | dict(tokens_per_second=speed, likeness=_finite(found), base=_finite(base))

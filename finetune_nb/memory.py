@@ -67,7 +67,7 @@ def _reserved(shapes, setup, allocated, exact):
     if setup.gpus > 1: return Range(int(allocated.low * 1.05), int(allocated.expected * 1.25), int(allocated.high * 1.7))
     if exact:
         found = replayed(shapes, setup)[0]
-        return Range(max(allocated.low, int(found * 0.86)), max(found, allocated.expected), int(found * 1.17))
+        return Range(max(allocated.low, int(found * 0.86)), max(found, allocated.expected), max(int(found * 1.17), allocated.high))  # evaluation, which is not replayed, may need more
     factor = FACTORS[setup.method] + (0.1 if setup.attention == "eager" else 0)
     return Range(int(allocated.low * 1.02), int(allocated.expected * factor), int(allocated.high * 1.5))
 
