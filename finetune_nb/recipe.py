@@ -198,6 +198,7 @@ def _unusual(r):
         name, value = row["setting"], getattr(r, row["setting"], None)
         if r.method == "full" and (name.startswith("lora") or name == "learning_rate"): continue
         if any(preset.get(name) == value for preset in PRESETS.values()): continue
+        if name == "warmup" and value and value >= 1: continue  # in steps
         if value and not row["low"] <= value <= row["high"]:
             out.append(Problem(name, f"is outside the usual {row['low']:g} to {row['high']:g}", f"The usual start is {row['recommended']}", value, row["source"], "warning"))
     if r.method == "full" and r.learning_rate > 5e-5:
