@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -122,3 +123,12 @@ def losses(trainer): return [l[k] for l in trainer.state.log_history for k in ("
 def saved_weights(folder):
     from safetensors.torch import load_file
     return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def until(true, what, seconds=120):
+    "What `true` gives once it gives something, asked again and again"
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := true(): return found
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds} s: {what}")

@@ -8,14 +8,13 @@ import os
 import signal
 import sys
 import threading
-import time
 import types
 
 import nbformat
 import pytest
 from hypothesis import given, settings as budget, strategies as st
 
-from conftest import chat_rows, write_rows
+from conftest import chat_rows, write_rows, until
 from finetune_nb import detached, monitor, runs
 from finetune_nb.core import read_json, write_json
 from finetune_nb.curves import bundle, picture
@@ -30,14 +29,6 @@ STEPS = 400
 def values(tiny_model, tmp_path_factory):
     return dict(model=tiny_model, data=str(write_rows(tmp_path_factory.mktemp("watched") / "rows.jsonl", chat_rows())), max_steps=STEPS, batch_size=2, log_steps=1, eval_steps=40, save_steps=40, threads=1, dtype="float32",
                 lora_layers=2, lora_r=4, lora_alpha=8, fast_path=False, rehearse=False, eval_fraction=0.2, max_eval_rows=4, compare=False, name="watched")
-
-
-def until(true, what, seconds=120):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := true(): return found
-        time.sleep(0.1)
-    raise AssertionError(f"not within {seconds} s: {what}")
 
 
 def trained(folder, steps): return lambda: len(look(folder).curves.get("loss", ())) > steps

@@ -16,6 +16,7 @@ import ipywidgets as W
 import nbformat
 import pytest
 
+from conftest import until
 from finetune_nb.asking import Asker
 from finetune_nb.compare_scores import Comparison
 from finetune_nb.compare_view import FILTERS, CompareView, marked
@@ -94,14 +95,6 @@ def tree(widget):
 
 
 def texts(view): return "".join(w.value for w in tree(view.box) if isinstance(w, W.HTML))
-
-
-def until(true, what, seconds=90):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := true(): return found
-        time.sleep(0.1)
-    raise AssertionError(f"not within {seconds} s: {what}")
 
 
 def elsewhere(code): return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout

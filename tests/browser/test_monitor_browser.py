@@ -7,7 +7,7 @@ from urllib.parse import urlparse
 
 import pytest
 
-from conftest import chat_rows, write_rows
+from conftest import chat_rows, write_rows, until
 from finetune_nb import runs
 from finetune_nb.core import read_json
 from finetune_nb.events import look
@@ -20,14 +20,6 @@ def points(book, n):
     "Points of the loss curve that the person sees in the output of a cell"
     line = book.output(n).locator("svg polyline").first
     return len(line.get_attribute("points").split()) if line.count() else 0
-
-
-def until(true, what, seconds=60):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := true(): return found
-        time.sleep(0.2)
-    raise AssertionError(f"not within {seconds} s: {what}")
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 
+from conftest import until
 from finetune_nb import runs
 from finetune_nb.core import read_json
 
@@ -22,14 +22,6 @@ from .conftest import free_port
 pytestmark = pytest.mark.slow
 STUDIO = Path(__file__).resolve().parents[2] / "nbs/tutorials/studio.ipynb"
 SMALL = dict(max_steps=24, batch_size=2, accumulation=1, max_rows=80, max_eval_rows=6, eval_steps=8, save_steps=8, log_steps=1, rehearse=False, max_new_tokens=20, threads=1, lora_layers=4)
-
-
-def until(true, what, seconds=120):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := true(): return found
-        time.sleep(0.3)
-    raise AssertionError(f"not within {seconds} s: {what}")
 
 
 @pytest.fixture
