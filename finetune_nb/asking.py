@@ -8,12 +8,12 @@ __all__ = ['PROGRAM', 'who_can', 'serve', 'Asker']
 # %% ../nbs/15e_asking.ipynb #822ad9cb
 import json, os, subprocess, sys, tempfile, threading, time
 from contextlib import ExitStack, nullcontext
-from pathlib import Path
 
 from .certificate import LORA, gguf_file
 from .core import Problem, UserError, shortened
 from .evaluate import _stop_ids
 from .export import base_model, compute_dtype, open_run, trained_model
+from .folder import apart_environment
 from .hardware import machine
 from .llama import open_gguf
 from .models import load_tokenizer
@@ -151,7 +151,7 @@ def _start(asker):
     folder = asker.run.folder.resolve()
     if _workers.get(folder, asker) is not asker: _workers[folder].close()
     _workers[folder] = asker
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("JPY_")} | ({"OMP_NUM_THREADS": str(asker.threads)} if asker.threads else {})
+    environment = apart_environment(**({"OMP_NUM_THREADS": str(asker.threads)} if asker.threads else {}))
     asker._said = tempfile.TemporaryFile("w+")
     asker._process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), str(asker.trust)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=asker._said, text=True, start_new_session=True)
     threading.Thread(target=_hear, args=(asker, asker._process, asker._said), daemon=True, name="asker").start()

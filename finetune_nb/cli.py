@@ -218,7 +218,7 @@ def main(
         args = parser().parse_args(argv)
         answer, shown = args.function(args)
     except UserError as e:
-        if as_json: print(json.dumps({"error": [{k: str(v) for k, v in vars(p).items() if v not in ("", None)} for p in e.problems]}, ensure_ascii=False))
+        if as_json: print(json.dumps(e.to_json(), ensure_ascii=False))
         _say(f"finetune-nb {verb}: {len(e.problems)} problem{'s' if len(e.problems) > 1 else ''} to mend\n{e}")
         return 2
     except KeyboardInterrupt:

@@ -68,6 +68,7 @@ class UserError(Exception):
         super().__init__(str(self))
 
     def __str__(self): return "\n".join(f"- {p}" for p in self.problems)
+    def to_json(self): return dict(error=[{k: str(v) for k, v in vars(p).items() if v not in ("", None)} for p in self.problems])
     def _render_traceback_(self): return ["Please mend this and run again:", *str(self).splitlines()]
 
 # %% ../nbs/00_core.ipynb #ee8eb30b

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import report
 from .core import Problem, UserError, read_json, stop_on_errors, write_atomic
-from .folder import alive, new_folder, note, now, status
+from .folder import alive, apart_environment, new_folder, note, now, owner, status
 from .hardware import disk_problems
 from .recipe import load, problems, to_yaml
 from .runs import RunFailed, execute, problems_before, resume
@@ -45,12 +45,10 @@ PROGRAM = "import signal; signal.signal(signal.SIGINT, signal.default_int_handle
 
 def _launch(folder, arguments, cwd, **facts):
     "Start `work` in a session of its own and write who is at work"
-    import psutil
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("JPY_")}  # it has no kernel to die with
     with open(folder / "log.txt", "a") as log:
-        process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder.resolve()), repr(arguments)], cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    who = dict(pid=process.pid, born=psutil.Process(process.pid).create_time())
-    note(folder, status="starting", error="", host=socket.gethostname(), **who, supervisor=who, cwd=str(cwd), **facts)
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder.resolve()), repr(arguments)], cwd=cwd, env=apart_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    who = owner(process.pid)
+    note(folder, status="starting", error="", **who, supervisor=who, cwd=str(cwd), **facts)
     return folder
 
 # %% ../nbs/14b_detached.ipynb #971a8498

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'ABOVE', 'RISES', 'LIVE', 'QUIET', 'Events', 'number', 'curves', 'time_left', 'overfitting', 'alarms',
-           'tail', 'State', 'sentence', 'look', 'follow']
+           'newest', 'tail', 'State', 'sentence', 'look', 'follow']
 
 # %% ../nbs/14c_events.ipynb #1d822888
 import json, math, os, re, time
@@ -107,16 +107,23 @@ def alarms(
 LIVE, QUIET = ("starting", "running", "ending"), 60  # seconds: four heartbeats of 14_folder
 
 
+def newest(
+    path,  # a file that is written to
+    most=1 << 14,  # bytes of its end to read
+):
+    "The newest lines of a log"
+    try:
+        with open(path, "rb") as f:
+            f.seek(max(0, os.fstat(f.fileno()).st_size - most))
+            return [plain(l) for l in f.read().decode(errors="replace").splitlines() if l.strip()]
+    except OSError: return []
+
+
 def tail(
     folder,  # a run folder
-    most=1 << 14,  # bytes of the end to read
 ):
     "(part such as `4/5 training`, newest line, step and steps in all if told) from the end of log.txt"
-    try:
-        with open(Path(folder) / "log.txt", "rb") as f:
-            f.seek(max(0, os.fstat(f.fileno()).st_size - most))
-            said = [plain(l) for l in f.read().decode(errors="replace").splitlines() if l.strip()]
-    except OSError: said = []
+    said = newest(Path(folder) / "log.txt")
     parts = [l for l in said if re.match(r"\d/\d \w", l)]
     steps = [m for l in said if (m := re.match(r"train (\d+)/(\d+) ", l))]
     return parts[-1] if parts else "", said[-1] if said else "", (int(steps[-1][1]), int(steps[-1][2])) if steps else (0, 0)

@@ -20,7 +20,7 @@ from .format_view import whole
 from .forms import problems_html, unannounced
 from .gguf_files import LEVELS
 from .preflight import KINDS, WITH_IMPORTANCE, allowed_problems, export_targets, rehearse_export
-from .serve import llama_command
+from .serve import VLLM_COMMAND, llama_command, ollama_command
 from .views import Looking, Parts, block_html, more_html, table_html
 
 # %% ../nbs/15g_export_view.ipynb #5dcad446
@@ -50,8 +50,8 @@ def serving(
     context = next((int(l.split()[2]) for l in text.splitlines() if l.startswith("PARAMETER num_ctx ") and l.split()[2].isdecimal()), 4096)
     try: found["llama.cpp"] = go + llama_command(gguf_file(folder).name, context, LORA if (folder / LORA).is_file() else "")
     except UserError: pass  # it holds no GGUF file
-    if text: found["Ollama"] = f"{go}ollama create {shlex.quote(folder.name)} -f Modelfile && ollama run {shlex.quote(folder.name)}"
-    if (folder / "vllm.yaml").is_file(): found["vLLM"] = f"{go}vllm serve --config vllm.yaml"
+    if text: found["Ollama"] = go + ollama_command(folder.name)
+    if (folder / "vllm.yaml").is_file(): found["vLLM"] = go + VLLM_COMMAND
     return found
 
 
@@ -97,7 +97,7 @@ def try_first(
 ):
     "Print what `rehearse_export` finds, as the commands print their answers"
     try: found = rehearse_export(open_run(run, trust == "yes").recipe, words, run, say=lambda l: print(l, file=sys.stderr, flush=True)).to_json()
-    except UserError as e: found = dict(error=[{k: str(v) for k, v in vars(p).items() if v not in ("", None)} for p in e.problems])
+    except UserError as e: found = e.to_json()
     print(json.dumps(found))
 
 

@@ -15,10 +15,11 @@ import ipywidgets as W
 from . import commands, runs
 from .core import DamagedFile, Problem, UserError, escaped, human_bytes, read_json, shortened
 from .detached import condition
+from .events import newest
 from .export import open_run
 from .formats import NO_LOSS, PURPOSES, USUAL, Formats, front
 from .forms import line, problems_html, svg, unannounced
-from .quantize import FORMATS, GROUPS, chosen, missing
+from .quantize import FORMATS, chosen, missing
 from .views import Looking, Parts, more_html, table_html, wide_html
 
 # %% ../nbs/15f_format_view.ipynb #c4803fcf
@@ -232,7 +233,7 @@ QuantView._fill, QuantView.going_on, QuantView.stop = _fill, _going_on, _stop
 def _look(self):
     "Read how far it is, and show what is new"
     self.command, busy = commands.look(self.job), self.going_on()
-    now = going(self.command.said if self.command.live else commands.newest(self.folder / "log.txt"))  # the log holds earlier comparisons too
+    now = going(self.command.said if self.command.live else newest(self.folder / "log.txt", commands.SAID))  # the log holds earlier comparisons too
     how = "" if busy or self.command.status in ("none", "done") else f"The process {self.command.status}. "
     self.begin.disabled, self.end.disabled = busy, not busy
     self.bar.max, self.bar.value = max(now.of, 1), len(now.names)

@@ -157,7 +157,7 @@ def run(
     folder = Path(folder) if folder else new_folder(out, recipe.name)
     _unused(folder)
     write_atomic(folder / "recipe.yaml", to_yaml(recipe))
-    note(folder, status="starting", started=now(), **owner(), supervisor=owner(), pipeline=name, parameters=parameters)
+    note(folder, status="starting", started=now(), **(who := owner()), supervisor=who, pipeline=name, parameters=parameters)
     say(f"run folder: {folder}")
     execute(folder, say, name, **parameters)
     return folder
@@ -191,7 +191,7 @@ def resume(
     _unused(folder)
     kept = len(list(folder.glob("notebook-*.ipynb"))) + 1
     if (folder / "notebook.ipynb").exists(): os.replace(folder / "notebook.ipynb", folder / f"notebook-{kept}.ipynb")
-    note(folder, status="starting", resumed=[*facts.get("resumed", []), now()], error="", **owner(), supervisor=owner())
+    note(folder, status="starting", resumed=[*facts.get("resumed", []), now()], error="", **(who := owner()), supervisor=who)
     say(f"going on in {folder}")
     execute(folder, say, resume=True, override=",".join(override))
     return folder

@@ -11,34 +11,18 @@ import sys, threading, time
 import ipywidgets as W
 
 from .core import UserError, escaped
-from .forms import Form, answered, live, unannounced
+from .forms import Form, answered, described, live
 
 # %% ../nbs/15d_views.ipynb #7ad7760f
-_WIDE = dict(width="auto", min_width="0", max_width="100%")
-
-
 class Kit:
-    "Makes the widgets of one view, which share their layouts and styles"
-    def __init__(self): self.layouts, self.styles, self.made = {}, {}, []
+    "Makes the widgets of one view, which share their layouts and styles, and knows them for when it is closed"
+    def __init__(self): self.made = []
 
-    def layout(self, **how):
-        "The one layout with these properties"
-        key = tuple(sorted(how.items()))
-        if key not in self.layouts: self.layouts[key] = W.Layout(**how)
-        return self.layouts[key]
-
-    def make(self, kind, help="", layout=_WIDE, **more):
+    def make(self, kind, help="", **more):
         "A widget of a kind; `help` is its tip"
-        traits = kind.class_traits()
-        if help: more["tooltip" if "tooltip" in traits else "description_tooltip"] = help  # ipywidgets 8, 7
-        if kind in self.styles: more["style"] = self.styles[kind]
-        made = kind(layout=self.layout(**layout), **more)
-        if "style" in traits and kind not in self.styles:
-            self.styles[kind] = made.style
-            if kind is W.ToggleButtons: made.style.button_width = "auto"
-            elif kind not in (W.Button, W.HTML, W.Checkbox): made.style.description_width = "8rem"
-        self.made.append(made)
-        return made
+        style = dict(button_width="auto") if kind is W.ToggleButtons else {} if kind in (W.Button, W.HTML, W.Checkbox) else dict(description_width="8rem")
+        self.made.append(described(kind, help, style=style, **more))
+        return self.made[-1]
 
 # %% ../nbs/15d_views.ipynb #2f0b4268
 class Parts(Kit):

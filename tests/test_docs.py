@@ -77,7 +77,6 @@ def broken(pages, files):
             elif anchor and target in ids and unquote(anchor) not in ids[target]: yield f"{name}: {link} (no such place on that page)"
 
 
-# written one folder too high; take it out here when nbs/05e_head.ipynb says explanations/memory.ipynb
 def test_no_link_is_broken(site, html):
     files = {p.relative_to(site).as_posix() for p in site.rglob("*") if p.is_file()}
     lost = sorted(set(broken(html, files)))
@@ -90,7 +89,7 @@ def test_a_broken_link_is_found():
     assert sorted(broken(pages, pages.keys())) == ["a.html: b.html#y (no such place on that page)", "a.html: no.png", "sub/index.html: a.html"]
 
 
-# nbdev names pages without numbers, so a link to 11_converter.html is broken under Quarto; write 11_converter.ipynb
+# nbdev names pages without numbers, so a link to 11_converter.html would be broken under Quarto
 def test_notebooks_link_notebooks():
     books = {p: json.loads(p.read_text(encoding="utf-8")) for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}
     links = {(p.name, l) for p, b in books.items() for c in b["cells"] if c["cell_type"] == "markdown" for l in re.findall(r"\]\(([^)\s:]+\.html)", "".join(c["source"]))}

@@ -198,7 +198,7 @@ def test_controls_are_labelled_and_share(copy):
         for w in tree(view.box):
             if isinstance(w, (W.Text, W.Textarea, W.Dropdown, W.Checkbox, W.SelectMultiple, W.Button, W.IntProgress)): assert w.description, (name, w)
             if isinstance(w, W.ToggleButtons): assert all(w._options_labels)
-        told = len(view.kit.made) + len(view.kit.layouts) + len(view.kit.styles)
+        told = len(view.kit.made) + len({id(w.layout) for w in view.kit.made}) + len({id(w.style) for w in view.kit.made if hasattr(w, "style")})
         assert told <= 65, f"the browser is told of {told} things by {name}"
 
 
