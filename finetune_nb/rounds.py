@@ -18,7 +18,7 @@ from .trial import Peak, free, is_out_of_memory
 
 # %% ../nbs/10e_rounds.ipynb #3a565a19
 BASE = ("revision", "dtype", "attention", "method", "quantization", "double_quantization", "compute_dtype")
-NOT_TRAINING = ("name", "data", "eval_data", "log_steps", "tracker", "workers", "threads", "keep_checkpoints", "best_at_end", "eval_steps", "save_steps", "compare", "eval_batch_size", "label_field", "max_rows", "max_eval_rows", "rehearse", "export")
+NOT_TRAINING = ("name", "data", "eval_data", "log_steps", "tracker", "workers", "threads", "keep_checkpoints", "best_at_end", "eval_steps", "save_steps", "compare", "eval_batch_size", "label_field", "max_rows", "max_eval_rows", "rehearse", "answers", "export")
 
 
 def fingerprint(

@@ -12,10 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .core import Problem, UserError, human_time, inside, parameter_problems, read_json, redact, stop_on_errors, write_atomic
-from .exports import asked_problems
 from .folder import OWN, alive, begin, commit, finish, from_notebook, injected, new_folder, note, now, owner, status
 from .hardware import disk_problems
-from .job import early_problems
 from .recipe import load, make, to_yaml
 from .trust import link_problems
 
@@ -139,6 +137,8 @@ def problems_before(
     recipe,  # a Recipe
 ):
     "Everything that is known to be wrong before a run of a recipe starts"
+    from finetune_nb.exports import asked_problems
+    from finetune_nb.job import early_problems
     return early_problems(recipe) + asked_problems(recipe)
 
 

@@ -154,7 +154,7 @@ def setup(
     m = machine or Machine("cuda", "a GPU with bfloat16", True, 1, 0, 0, 1, "8.0")
     chosen = choose(m, r.dtype, r.attention, r.optimizer, method=r.method)
     dtype, zero3 = chosen["dtype"], changes.get("sharding") == "zero3"
-    several, fast = changes.get("gpus", 1) > 1, r.fast_path and not r.packing
+    fast = r.fast_path and not r.packing
     found = targets(shapes) if shapes and r.method != "full" and r.lora_targets == "all-linear" else None
     attention = {"flash_attention_2": "flash", "flash_attention_3": "flash"}.get(chosen["attention"], chosen["attention"])
     base = "float32" if r.method == "full" else dtype
@@ -164,6 +164,6 @@ def setup(
         base_dtype=base, adapter_dtype="bfloat16" if r.method == "qlora" else base if zero3 else "float32", autocast="none" if dtype == "float32" else dtype,
         batch=r.batch_size, length=r.max_length or (shapes.max_length if shapes else 0) or 2048, padded=attention != "flash" and not (fast and r.lora_dropout == 0 and not r.gradient_checkpointing),
         checkpointing="none" if not r.gradient_checkpointing else "reentrant" if zero3 and r.method != "full" or r.method == "qlora" and r.quantization == "int8" else "nonreentrant",
-        attention="efficient" if attention == "sdpa" and not (m.bf16 or cpu) else attention, loss="finetune_nb" if fast and not several else "trl-1.16",
+        attention="efficient" if attention == "sdpa" and not (m.bf16 or cpu) else attention, loss="finetune_nb" if fast and cpu else "trl-1.16",
         optimizer=chosen["optimizer"], eval_batch=r.eval_batch_size, device="cpu" if cpu else "cuda", accumulation=r.accumulation, keep=r.keep_checkpoints, flattened=r.packing, saved_modules=tuple(names(r.modules_to_save)) if r.method != "full" else ())
     return Setup(**values | changes)

@@ -14,7 +14,7 @@ import numpy as np
 
 from .core import Problem, markdown_table
 from .data import messages_text
-from .mask import cut_at, encode_each, length_problems, token_problems
+from .mask import encode_each, length_problems, token_problems
 
 # %% ../nbs/04d_tokens.ipynb #a18f8bdc
 def packed(
@@ -102,8 +102,8 @@ def measure(
     rows = getattr(data, "rows", data)
     some = rows if len(rows) <= most else [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), most))]
     good, full, problems = encode_each(some, tokenizer, tell)
-    lengths, trained = [len(e["input_ids"]) for e in full], [sum(i != -100 for i in e["labels"]) for e in full]
+    lengths, trained = full.lengths(), [sum(i != -100 for i in e["labels"]) for e in full]
     lost = [sum(i != -100 for i in e["labels"][max_length or len(e["labels"]):]) for e in full]
-    problems += length_problems(good, [cut_at(e, max_length) for e in full], lengths, max_length) + token_problems(good, full, tokenizer)
+    problems += length_problems(good, full.seen(max_length), lengths, max_length) + token_problems(good, full, tokenizer)
     if p := special_problem(some, tokenizer): problems.append(p)
     return Tokens(len(rows), len(good), max_length, lengths, trained, lost, batch_size), problems, list(zip(good, full))

@@ -109,7 +109,7 @@ def _planned(args):
 
 # %% ../nbs/16_verbs.ipynb #e25b624a
 def plan(args):
-    "Peak memory of a run before anything is loaded, phase by phase, and what would make it fit: {peak_bytes, low, high, phases, fits, suggestion, …}"
+    "Peak memory of a run before anything is loaded, phase by phase, and what would make it fit or, with --faster, faster: {peak_bytes, low, high, phases, fits, suggestion, …}"
     from finetune_nb.fit import suggestion
     from finetune_nb.memory import plan as of
     from finetune_nb.past import past_error
@@ -119,6 +119,11 @@ def plan(args):
     found = setup(recipe, m, shapes)
     answer = of(shapes, found, card, exact=True)
     advice, past = suggestion(shapes, answer, card), past_error(getattr(card, "name", "") or m and m.name or "")
+    if args.faster:
+        from finetune_nb.faster import faster
+        from finetune_nb.hardware import Machine
+        quicker = faster(recipe, shapes, m or Machine("cuda", "this GPU", True, 1, card, 0, 1, "8.0"), card)
+        return answer.to_json() | dict(suggestion=advice, past_error=past, faster=[vars(c) for c in quicker]), terminal(f"{answer.process} expected; {advice}\n\n{quicker._repr_markdown_()}")
     told = [f"{k}: in {e['count']} rehearsals on this machine the prediction was off by {e['middle']:+.0%} in the middle, {e['worst']:+.0%} at worst" for k, e in past.items()]
     return answer.to_json() | dict(suggestion=advice, past_error=past), terminal("\n\n".join([answer._repr_markdown_(), *told, advice]))
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import COMMAND, NO_ANSWER, ended, save_model, settings, start, write_rows
 from finetune_nb import cli, runs
 from finetune_nb.core import read_json
-from finetune_nb.recipe import make, to_yaml
+from finetune_nb.recipe import load, make, to_yaml
 
 TINY = dict(preset="fast", max_steps=2, threads=1, dtype="float32", lora_layers=2, lora_r=4, lora_alpha=8, compare="false", save_steps=0, name="tiny")
 tiny = lambda **changes: settings(**{k: v for k, v in (TINY | changes).items() if k != "preset"})
@@ -302,3 +302,25 @@ def test_a_killed_kernel_is_a_failure_of_its_own(training):
     code, out, err = ended(process, 60)
     assert code == 1 and read_json(run / "run.json")["status"] == "died"
     assert "Traceback" not in out + err and only_object(out)["error"], err[-3000:]
+
+
+# ---- faster
+
+def test_a_plan_says_what_would_be_faster(capsys):
+    answer = json.loads(call(capsys, "plan", "--model", "llama-3.1-8b", "--card", "a100-80gb", "-p", "method", "qlora", "--faster", "--json")[1])
+    assert {c["setting"]: c["value"] for c in answer["faster"]}["method"] == "lora" and all(c["reason"] for c in answer["faster"])
+    assert "4-bit base is unpacked" in call(capsys, "plan", "--model", "llama-3.1-8b", "--card", "a100-80gb", "-p", "method", "qlora", "--faster")[1]
+
+
+def test_a_run_takes_what_is_faster(tmp_path, tiny_model, tiny_rows, capsys):
+    code, out, err = call(capsys, "run", "--preset", "stock", "--faster", "-p", "max_length", "256", "-p", "model", str(tiny_model), "-p", "data", str(tiny_rows), "-p", "max_steps", "2", "-p", "compare", "false", "-p", "best_at_end", "false", "-p", "eval_steps", "0", "-p", "save_steps", "0", "-p", "tracker", "none", "--out", str(tmp_path), "--json")
+    assert code == 0, err
+    recipe = load(Path(json.loads(out)["run"]) / "recipe.yaml")
+    assert (recipe.packing, recipe.gradient_checkpointing, recipe.lora_dropout) == (False, False, 0.0) and "gradient_checkpointing: False, because" in err
+
+
+def test_a_plan_needs_no_torch_where_there_is_no_gpu():
+    code = "import sys; from finetune_nb.cli import main; main(['plan']); main(['doctor']); print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    from finetune_nb.hardware import driven
+    if driven(): pytest.skip("this machine may have a GPU, which torch is asked about")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()[-1] == "[]"

@@ -152,6 +152,56 @@ def test_links_of_the_stage():
         "../home.ipynb#x", "recipe.ipynb", "https://e.org/04a_home.ipynb", "#12_x", "2024_12_plan.txt", "/source/core.qmd#L-12", "/core.html#plain"]
 
 
+MADE_UP = "https://github.com/somebody/finetune_nb"
+TUTORIALS = sorted((ROOT / "nbs/tutorials").glob("[!_.]*.ipynb"))
+INSTALLS = [p for p in TUTORIALS if "google.colab" in p.read_text(encoding="utf-8")]  # what Colab can run
+
+
+@pytest.fixture
+def public(monkeypatch):
+    "The tool, for a repository that has an address"
+    parts = runpy.run_path(str(ROOT / "tools/docs.py"))
+    monkeypatch.setitem(parts["link"].__globals__, "address", lambda: MADE_UP)
+    return parts
+
+
+@pytest.mark.parametrize("path", INSTALLS, ids=lambda p: p.stem)
+def test_with_an_address_a_tutorial_opens_in_colab(public, path):
+    title, button, *rest = public["processed"](path).cells
+    assert re.findall(r'href="([^"]+)"', button.source) == [f"https://colab.research.google.com/github/somebody/finetune_nb/blob/main/nbs/tutorials/{path.name}"]
+    assert title.cell_type == "raw" and ">Open in Colab</a>" in button.source and 'title="' in button.source and "<img" not in button.source
+    assert not any("colab.research" in "".join(c.source) for c in rest)
+
+
+def test_with_an_address_code_is_linked_there(public):
+    assert public["link"]("/blob/main/finetune_nb/core.py#L12") == f"{MADE_UP}/blob/main/finetune_nb/core.py#L12"
+    from fastcore.nbio import nb2str
+    page = public["notebook"](nb2str(public["processed"](ROOT / "nbs/00_core.ipynb")))
+    assert page.count(f"{MADE_UP}/blob/main/finetune_nb/core.py#L") > 10 and "/source/core" not in page and "colab.research" not in page
+
+
+def test_without_an_address_no_page_has_the_button(html):
+    if TOOL["address"](): pytest.skip("the repository has an address")
+    assert len(INSTALLS) > 8 and not [n for n, p in html.items() if "colab.research" in p or "Open in Colab" in p]
+
+
+def test_nbdev_reads_the_address_where_it_is_to_be_written(tmp_path):
+    "pyproject.toml as it is, with the signs before the address taken away"
+    from nbdev.config import get_config
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (tmp_path / "pyproject.toml").write_text(re.sub(r"^# (\[project.urls\]|Repository = )", r"\1", text, flags=re.M).replace("OWNER", "somebody"))
+    assert get_config(tmp_path).git_url == (TOOL["address"]() or MADE_UP)
+
+
+def test_the_readme_links_tutorials_in_colab(monkeypatch):
+    readme = runpy.run_path(str(ROOT / "tools/readme.py"))
+    cell = dict(cell_type="markdown", source="[a](tutorials/a.ipynb), [b](05_b.ipynb), [c](https://e.org)")
+    plain = "[a](nbs/tutorials/a.ipynb){}, [b](nbs/05_b.ipynb), [c](https://e.org)"
+    for address, added in (("", ""), (MADE_UP, " ([Colab](https://colab.research.google.com/github/somebody/finetune_nb/blob/main/nbs/tutorials/a.ipynb))")):
+        monkeypatch.setitem(readme["text"].__globals__, "ADDRESS", address)
+        assert readme["text"](cell) == plain.format(added)
+
+
 def test_a_notebook_for_the_stage():
     cells = [dict(cell_type="raw", source="---\noutput-file: a.html\ntitle: A\n---\n"), dict(cell_type="markdown", source=["see [b](01_b.ipynb)"]),
              dict(cell_type="code", source="x = '[b](01_b.ipynb)'", outputs=[dict(data={"text/html": ['<a href="../01_b.ipynb">b</a>'], "text/plain": "[b](01_b.ipynb)"})])]

@@ -84,6 +84,17 @@ def test_links_lead_somewhere():
     assert links and not lost, f"README.md names files that are not there: {', '.join(lost)}"
 
 
+def test_the_picture_is_there_and_said_in_words():
+    "Three sentences say what the package is, then comes the top of a real report"
+    top = README.partition("\n## ")[0]
+    (alt, path), = re.findall(r"!\[([^\]]*)\]\(([^)\s]+)\)", top)
+    said = top.partition("\n\n![")[0].split("\n\n")[-1]
+    assert len(re.findall(r"\.(?=\s|$)", said)) == 3 and said.startswith("finetune_nb is")
+    data = (ROOT / path).read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) < 250_000 and 1000 <= int.from_bytes(data[16:20], "big") <= 2400
+    assert all(word in alt for word in ("report", "verdict", "before and after", "intervals", "curve")) and path == f"nbs/{re.search(r'images/[^)]+', (ROOT / 'nbs/index.ipynb').read_text())[0]}"
+
+
 def test_tool_on_a_small_page():
     md, code = (lambda t: dict(cell_type="markdown", source=t)), (lambda t: dict(cell_type="code", source=t))
     cells = [md("# T\n\n> S\n\n- skip_showdoc: true"), code("#| hide\nx"), code("#| eval: false\nf()"), md("[a](a/b.ipynb#c) [d](../D.md) [e](https://e.org) [f](#g)\n\n- kept: here")]

@@ -24,8 +24,23 @@ SOURCE = re.compile(r"^/blob/\w+/finetune_nb/(\w+)\.py(?:#L(\w+))?$")  # nbdev's
 BESIDE = {"llms.txt": "llms.txt", "finetune_nb/.agents/skills/finetune-nb/SKILL.md": "SKILL.md"}  # for programs that read; not pages
 
 
+@cache
+def address():
+    "Where the repository is public, from pyproject.toml; empty while it is nowhere"
+    from nbdev.config import get_config
+    return get_config(ROOT).git_url
+
+
+def colab(path, text):
+    "The link that opens a tutorial in Colab: none without an address, or where the page has no cell that installs there"
+    if not address().startswith("https://github.com/") or path.parent.name != "tutorials" or "google.colab" not in text: return ""
+    place = address().replace("https://github.com", "https://colab.research.google.com/github", 1)
+    return f'<a class="btn btn-outline-primary" href="{html.escape(place)}/blob/main/nbs/tutorials/{path.name}" title="Run this page on a machine of Google Colab">Open in Colab</a>'
+
+
 def link(target):
-    "A link as the staged pages want it: file names without their numbers, a line of a module on this site"
+    "A link as the staged pages want it: file names without their numbers, a line of a module on this site or in the public repository"
+    if address() and SOURCE.match(target): return address() + target
     if found := SOURCE.match(target): return f"/source/{found[1]}.qmd" + (f"#L-{found[2]}" if found[2] else "")
     return target if re.match(r"[a-z]+:", target) else NUMBER.sub("", target)
 
@@ -125,7 +140,7 @@ def documented(sym, **more):
 
 def processed(path):
     "A notebook as nbdev makes its page, the signatures of what it exports in it"
-    from fastcore.nbio import read_nb
+    from fastcore.nbio import mk_cell, read_nb
     from nbdev.processors import FilterDefaults, clean_magics, exec_show_docs
 
     class Signatures(exec_show_docs):
@@ -147,6 +162,7 @@ def processed(path):
     book = read_nb(path)
     Page()(book)
     module = NUMBER.sub("", path.name).removesuffix(".ipynb") if path.parent.name == "nbs" else ""
+    if button := colab(path, path.read_text(encoding="utf-8")): book.cells.insert(1, mk_cell(button, cell_type="markdown"))
     for cell in book.cells:
         if cell.cell_type == "markdown": cell.source = meant("".join(cell.source), module, homes())
         for data in (o.get("data", {}) for o in cell.get("outputs", [])):
@@ -157,7 +173,6 @@ def processed(path):
 def stage(folder, out):
     "Lay out in a folder what a renderer of Quarto websites takes"
     from fastcore.nbio import nb2str
-    from nbdev.config import get_config
     os.chdir(ROOT)
     os.environ["IN_TEST"] = "1"
     for path in (p for p in sorted((ROOT / "nbs").rglob("*")) if p.is_file() and not any(part[0] in "._" for part in p.relative_to(ROOT / "nbs").parts)):
@@ -166,7 +181,7 @@ def stage(folder, out):
         if path.suffix == ".ipynb": place.write_text(notebook(nb2str(processed(path))), encoding="utf-8")
         elif path.suffix != ".yml": shutil.copy2(path, place)
     (folder / "_quarto.yml").write_text(settings((ROOT / "_quarto.yml").read_text(encoding="utf-8"), out), encoding="utf-8")
-    if get_config().git_url: return
+    if address(): return
     (folder / "source").mkdir()
     for module in (ROOT / "finetune_nb").glob("[!_]*.py"): (folder / "source" / f"{module.stem}.qmd").write_text(listing(module), encoding="utf-8")
 

@@ -2,19 +2,24 @@
 
 Markdown cells stay as they are, code cells become fenced Python, cells marked `#| hide` are left out.
 A link to another page (05_recipe.ipynb) becomes its place in the repository (nbs/05_recipe.ipynb).
+If pyproject.toml has the repository's public address, a tutorial is linked in Colab too.
 """
 import json
 import posixpath
 import re
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("urls", {}).get("Repository", "").rstrip("/")
 
 
 def link(match):
     "A link as seen from the repository's top; addresses and places on the page itself stay"
     target = match[1]
-    return match[0] if re.match(r"[a-z]+:|#", target) else f"]({posixpath.normpath(f'nbs/{target}')})"
+    if re.match(r"[a-z]+:|#", target): return match[0]
+    place, there = posixpath.normpath(f"nbs/{target}"), ADDRESS.replace("https://github.com", "https://colab.research.google.com/github", 1)
+    return f"]({place})" + (f" ([Colab]({there}/blob/main/{place}))" if there != ADDRESS and place.startswith("nbs/tutorials/") else "")
 
 
 def text(cell):
