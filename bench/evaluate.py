@@ -1,15 +1,17 @@
 """Evaluation: the loop that one writes in a notebook against this package, on the same held-out rows of a finished run.
 
-usage: python bench/evaluate.py RUN [--rows 60] [--rounds 3] [--gguf FILE] [--out bench/results/NAME.json]
+usage: python bench/evaluate.py [RUN] [--rows 60] [--rounds 3] [--gguf FILE] [--out bench/results/NAME.json]
 
 The plain loop asks one row after the other, with the adapter beside its weights, and takes the loss of each row with labels
 in a pass of its own. This package folds the adapter in, sorts rows by length, answers many at once and stops each at the end
 of its turn. Both give the answers, the loss and the scores. Told are seconds of the clock and of the processor, the ratio,
-how many answers are the same and how far the loss is apart. With --gguf the same rows are also asked in llama.cpp.
+how many answers are the same and how far the loss is apart. Without RUN a short run of the demo is made first, long enough for
+its answers to end. With --gguf the same rows are also asked in llama.cpp.
 """
 import argparse
 import os
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -42,6 +44,14 @@ def ours(recipe, model, tokenizer, held, encoded):
     return [r["answer"] for r in scores.rows], scores.metrics["loss"]["value"]
 
 
+def short_run():
+    "A run of the demo's model and rows, in a temporary folder"
+    from finetune_nb import runs
+    from finetune_nb.recipe import make
+    recipe = make("laptop", max_steps=80, compare=False, rehearse=False, sample_answers=0, eval_steps=0, save_steps=0, name="bench")
+    return runs.run(recipe, tempfile.mkdtemp(), say=lambda line: print(f"  {line}", flush=True))
+
+
 def timed(function, *arguments):
     start = time.perf_counter(), time.process_time()
     found = function(*arguments)
@@ -50,7 +60,7 @@ def timed(function, *arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("--rows", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gguf", type=Path)
@@ -60,7 +70,7 @@ def main():
     from finetune_nb.data import Data
     from finetune_nb.export import held_rows, open_run, trained_model
     from finetune_nb.models import load_tokenizer
-    run, before = open_run(args.run), os.getloadavg()
+    run, before = open_run(args.run or short_run()), os.getloadavg()
     m = machine()
     torch.set_num_threads(m.cores)
     tokenizer, model = load_tokenizer(run.recipe.model), trained_model(run, "float32" if m.device == "cpu" and not m.bf16 else "bfloat16")

@@ -182,7 +182,7 @@ def test_with_an_address_code_is_linked_there(public):
 
 def test_without_an_address_no_page_has_the_button(html):
     if TOOL["address"](): pytest.skip("the repository has an address")
-    assert len(INSTALLS) > 8 and not [n for n, p in html.items() if "colab.research" in p or "Open in Colab" in p]
+    assert len(INSTALLS) > 8 and not [n for n, p in html.items() if "colab.research.google.com" in p or ">Open in Colab<" in p]
 
 
 def test_nbdev_reads_the_address_where_it_is_to_be_written(tmp_path):

@@ -103,13 +103,13 @@ def test_a_tutorial(name, tmp_path):
 
 
 def test_the_cell_for_colab_is_the_same_everywhere():
-    assert len({re.sub(r"\./finetune_nb(\[\w+\])?", "./finetune_nb", source(code(read(n))[0])) for n in NAMES}) == 1
+    assert len({re.sub(r"\./finetune_nb(\[\w+\])?", "./finetune_nb", source(code(read(n))[0])) for n in (*NAMES, "should_i_finetune")}) == 1
 
 
 def test_the_cell_for_colab_knows_the_address():
     "Of pyproject.toml; empty while it has none"
     address = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("urls", {}).get("Repository", "")
-    wrong = [n for n in (*NAMES, "studio") if f'repository = "{address}"  #@param' not in "".join(source(c) for c in code(read(n)))]
+    wrong = [n for n in (*NAMES, "studio", "should_i_finetune") if f'repository = "{address}"  #@param' not in "".join(source(c) for c in code(read(n)))]
     assert not wrong, f"write repository = \"{address}\" into the first code cell of {', '.join(wrong)}"
 
 
