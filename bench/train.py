@@ -61,7 +61,7 @@ def available(cuda):
 
 class Watch:
     "Times steps, keeps losses, and looks at the held-out loss with the clock stopped"
-    def __init__(self, trainer, held, every=0, target=None, stop_after=0):
+    def __init__(self, trainer, held, every=0, target=None):
         from transformers import TrainerCallback
         watch, self.steps, self.losses, self.curve, self.part = self, [], [], [], 0.0
         inner = trainer.compute_loss
@@ -187,8 +187,7 @@ def run(arm):
     if m.device == "cuda": model.to("cuda")
     held = encode_all(held_rows[: arm["held"]], tokenizer, recipe.max_length, recipe.train_on, False)[0]
     a_token = work(recipe, of(model), train_rows, tokenizer)
-    dtype = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)[choices["dtype"]]
-    speed = ceiling(dtype, m.device)
+    speed = ceiling(getattr(torch, choices["dtype"]), m.device)
     torch.manual_seed(recipe.seed)
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter(), time.process_time()

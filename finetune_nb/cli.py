@@ -14,7 +14,6 @@ from . import __version__, runs
 from .core import Problem, UserError, human_time, parameter_problems, read_json, stop_on_errors, text_table
 from .facts import TABLES
 from .recipe import FIELDS, PRESETS
-from .translate import TRACKERS, tracker_problems
 from .verbs import _say, card, convert, data, decide, export, facts, parallel, plan, push, read_value, recipe_of, targets
 
 # %% ../nbs/16a_cli.ipynb #f3ceff53
@@ -152,6 +151,7 @@ def doctor(args):
     "What is here and what is missing: {versions, device, missing}"
     from importlib.util import find_spec
     from finetune_nb.hardware import choose, machine, versions
+    from finetune_nb.translate import TRACKERS, tracker_problems
     from finetune_nb.trust import outdated
     missing = [dict(package=p, needed_for=verb, install=how) for p, verb, how in NEEDS if find_spec(p) is None]
     missing += [dict(package=t, needed_for=f"run with tracker {t}", install=f"pip install {how}") for t, how in TRACKERS.items() if tracker_problems(t)]

@@ -16,19 +16,22 @@ from .stack import setup
 BUSY = {"cuda": 8192, "cpu": 512}  # tokens at once that keep a device busy: Unsloth issue 10806 (a B200 is idle for two thirds of a step of 8 short rows), and our own curve on two cores
 
 
+def _with(recipe, changes): return make("stock", **recipe.model_dump() | changes)
+
+
 def _fits(recipe, shapes, machine, memory, length):
     found = plan(shapes, setup(recipe, machine, shapes, length=length), memory)
     return found.fits is not False and (found.process.high <= found.usable or not found.usable)
 
 
-def _memory(recipe, shapes, machine, memory, length):
-    "(setting, value, reason) of what memory allows"
-    if recipe.method == "qlora": yield "method", "lora", "the base fits in 16 bits, and a 4-bit base is unpacked at every use: published runs with it reach 0.74 to 0.98 of the tokens a second (Qwen-7B and torchtune on A100)"
-    if recipe.gradient_checkpointing: yield "gradient_checkpointing", False, "the activations fit, and computing them twice is a third of the work of training adapters (4 instead of 6 operations a weight and token)"
+def _memory(recipe):
+    "(changes, reason) of what memory may allow"
+    if recipe.method == "qlora": yield dict(method="lora"), "the base fits in 16 bits, and a 4-bit base is unpacked at every use: published runs with it reach 0.74 to 0.98 of the tokens a second (Qwen-7B and torchtune on A100)"
+    if recipe.gradient_checkpointing: yield dict(gradient_checkpointing=False), "the activations fit, and computing them twice is a third of the work of training adapters (4 instead of 6 operations a weight and token)"
 
 
 def _rows(recipe, tokens, device):
-    "(setting, value, reason) of more rows at once, as many a step as before; tried from the most to the least"
+    "(changes, reason) of more rows at once, as many a step as before; tried from the most to the least"
     batch, a_step = recipe.batch_size, recipe.batch_size * recipe.accumulation
     if batch * tokens >= BUSY[device]: return
     enough = [b for b in range(batch + 1, a_step + 1) if a_step % b == 0]
@@ -38,12 +41,12 @@ def _rows(recipe, tokens, device):
 
 # %% ../nbs/06g_faster.ipynb #dea57fc0
 def _free(recipe, machine, flash):
-    "(setting, value, reason) of what costs no memory"
-    if recipe.packing and not flash: yield "packing", False, "without flash attention the rows of a batch become one, and attention grows with the square of it"
-    if not recipe.packing and flash: yield "packing", True, "with flash attention rows are laid end to end and kept apart: no padding is computed (published: 2.1 to 3.4 times the tokens a second on short rows)"
-    if recipe.lora_dropout and recipe.method != "full": yield "lora_dropout", 0.0, "dropout stands in the way of fused kernels and of laying rows end to end; this changes what is learnt a little"
-    if machine.device == "cpu" and recipe.dtype == "bfloat16" and not machine.bf16: yield "dtype", "auto", "this processor only emulates bfloat16"
-    if not recipe.fast_path: yield "fast_path", True, "shortcuts that are used only where they give TRL's own loss"
+    "(changes, reason) of what costs no memory"
+    if recipe.packing and not flash: yield dict(packing=False), "without flash attention the rows of a batch become one, and attention grows with the square of it"
+    if not recipe.packing and flash: yield dict(packing=True), "with flash attention rows are laid end to end and kept apart: no padding is computed (published: 2.1 to 3.4 times the tokens a second on short rows)"
+    if recipe.lora_dropout and recipe.method != "full": yield dict(lora_dropout=0.0), "dropout stands in the way of fused kernels and of laying rows end to end; this changes what is learnt a little"
+    if machine.device == "cpu" and recipe.dtype == "bfloat16" and not machine.bf16: yield dict(dtype="auto"), "this processor only emulates bfloat16"
+    if not recipe.fast_path: yield dict(fast_path=True), "shortcuts that are used only where they give TRL's own loss"
 
 # %% ../nbs/06g_faster.ipynb #c14a5944
 class Faster(list):
@@ -70,13 +73,11 @@ def faster(
     def take(changes, reason):
         nonlocal now
         found.extend(Choice(k, v, reason) for k, v in changes.items())
-        now = make("stock", **now.model_dump() | changes)
-    for name, value, reason in _free(recipe, machine, flash): take({name: value}, reason)
-    for name, value, reason in _memory(now, shapes, machine, memory, length):
-        if _fits(make("stock", **now.model_dump() | {name: value}), shapes, machine, memory, length): take({name: value}, reason)
-    for changes, reason in _rows(now, limit if now.packing else tokens, device):
-        if _fits(make("stock", **now.model_dump() | changes), shapes, machine, memory, length):
-            take(changes, reason)
-            break
+        now = _with(now, changes)
+    fits = lambda changes: _fits(_with(now, changes), shapes, machine, memory, length)
+    for changes, reason in _free(recipe, machine, flash): take(changes, reason)
+    for changes, reason in _memory(now):
+        if fits(changes): take(changes, reason)
+    if most := next(((c, r) for c, r in _rows(now, limit if now.packing else tokens, device) if fits(c)), None): take(*most)
     found.recipe = now
     return found

@@ -54,8 +54,10 @@ def resident(
 ):
     "Bytes of this process in memory"
     import psutil
-    now = psutil.Process().memory_info().rss
+    found = psutil.Process().memory_info()
+    now = found.rss
     if not most: return now
+    if hasattr(found, "peak_wset"): return found.peak_wset  # Windows keeps it
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
     if found: return max(now, int(found[1]) << 10)  # the system counts both by rough counters of each core

@@ -6,11 +6,11 @@
 __all__ = ['POLICY', 'STYLE', 'curve_points', 'curve', 'png', 'harmless', 'summary', 'contents', 'build', 'text']
 
 # %% ../nbs/14a_report.ipynb #75c6fc99
-import base64, json, re
+import base64, re
 from pathlib import Path
 
 from .core import Problem, UserError, escaped, human_time, plain, read_json, redact, shortened, text_table, write_atomic
-from .evidence import forecasts
+from .evidence import forecasts, log_lines
 from .recipe import load
 
 # %% ../nbs/14a_report.ipynb #95ccb44c
@@ -18,13 +18,12 @@ def curve_points(
     folder,  # a run folder
 ):
     "{"'"loss"'": [(step, value), …], "'"eval_loss"'": […]} from the run's metrics.jsonl"
-    path, points = Path(folder) / "metrics.jsonl", {"loss": [], "eval_loss": []}
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    points = {"loss": [], "eval_loss": []}
+    for log in log_lines(folder):
         try:
-            log = json.loads(line)
             for key in points:
                 if key in log: points[key].append((int(log["step"]), float(log[key])))
-        except (ValueError, KeyError, TypeError, RecursionError): continue  # the last line of a killed run may be half
+        except (ValueError, KeyError, TypeError): continue
     return points
 
 

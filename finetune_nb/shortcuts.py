@@ -47,7 +47,6 @@ class Layout:
     "Where rows lie when they are laid end to end after a shared beginning"
     prefix: int  # tokens of the shared beginning, 0 if none
     rows: torch.Tensor  # (rows, longest rest) index into the end-to-end tokens; padding points at 0
-    real: torch.Tensor  # (rows, longest rest) True where there is a token
     position: torch.Tensor  # (1, tokens) position of each token in its row
     seen: torch.Tensor  # (rows, prefix + longest rest) index of what each row may attend to
     flat: torch.Tensor  # (tokens after the prefix,) index of each token among rows x longest rest
@@ -67,7 +66,7 @@ def lay_out(
     position = torch.cat([torch.arange(prefix, device=device), (prefix + step).expand_as(real)[real]])
     rows, longest = torch.where(real, start[:, None] + step, 0), len(step)
     seen = torch.cat([torch.arange(prefix, device=device).expand(len(rest), prefix), rows], 1)
-    return Layout(prefix, rows, real, position[None], seen, real.flatten().nonzero()[:, 0], torch.ones(longest, prefix + longest, dtype=torch.bool, device=device).tril(prefix))
+    return Layout(prefix, rows, position[None], seen, real.flatten().nonzero()[:, 0], torch.ones(longest, prefix + longest, dtype=torch.bool, device=device).tril(prefix))
 
 # %% ../nbs/08_shortcuts.ipynb #ac787102
 def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):
