@@ -1720,6 +1720,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'finetune_nb.runs._explained': ('runs.html#_explained', 'finetune_nb/runs.py'),
                                   'finetune_nb.runs._flat': ('runs.html#_flat', 'finetune_nb/runs.py'),
                                   'finetune_nb.runs._from_text': ('runs.html#_from_text', 'finetune_nb/runs.py'),
+                                  'finetune_nb.runs._kernel_heard': ('runs.html#_kernel_heard', 'finetune_nb/runs.py'),
                                   'finetune_nb.runs._say_it_died': ('runs.html#_say_it_died', 'finetune_nb/runs.py'),
                                   'finetune_nb.runs._trusted': ('runs.html#_trusted', 'finetune_nb/runs.py'),
                                   'finetune_nb.runs._unused': ('runs.html#_unused', 'finetune_nb/runs.py'),

@@ -17,7 +17,7 @@ from .hardware import disk_problems
 from .recipe import load, make, to_yaml
 from .trust import link_problems
 
-# %% ../nbs/14_runs.ipynb #047dbaa8
+# %% ../nbs/14_runs.ipynb #b4b6d290
 def pipeline(
     name="finetune",  # a pipeline's name
 ):
@@ -34,7 +34,7 @@ class _Passing:
     def __init__(self, say, log): self.say, self.log, self.rest = say, log, ""
     def flush(self): self.log.flush()
     def write(self, text):
-        *lines, self.rest = (self.rest + text).split("\n")
+        *lines, self.rest = (self.rest + text).replace("\r", "\n").split("\n")
         for line in map(redact, lines): self.say(line), self.log.write(line + "\n")
         self.log.flush()
 
@@ -51,6 +51,20 @@ def _written_whole(folder):
     papermill_io.register(str(folder), Whole())
     try: yield
     finally: papermill_io._handlers = before
+
+# %% ../nbs/14_runs.ipynb #e448d3c0
+@contextmanager
+def _kernel_heard(file, log):
+    "A kernel manager whose kernels write what they say outside of cells to a file, which goes to the log afterwards"
+    from jupyter_client.manager import AsyncKernelManager
+    with open(file, "w+", errors="replace") as f:
+        class Heard(AsyncKernelManager):
+            async def start_kernel(self, **kw): return await super().start_kernel(stderr=f, **kw)
+
+        try: yield Heard
+        finally:
+            f.seek(0)
+            log.write(redact(f.read()))
 
 # %% ../nbs/14_runs.ipynb #132f32cb
 @contextmanager
@@ -79,7 +93,7 @@ def _say_it_died(notebook, why):
     nb.cells.insert(0, nbformat.v4.new_markdown_cell(f"**This run died before its end**: {why}. Cells without output were not run, whatever their status says."))
     write_atomic(notebook, redact(nbformat.writes(nb)))
 
-# %% ../nbs/14_runs.ipynb #85ed70e2
+# %% ../nbs/14_runs.ipynb #638c1188
 def execute(
     folder,  # a run folder with recipe.yaml
     say=print,  # takes each line the notebook prints
@@ -93,12 +107,12 @@ def execute(
     folder = Path(folder).resolve()
     stop_on_errors(link_problems(folder))
     written = str(folder / "notebook.ipynb").replace("{", "{{").replace("}", "}}")  # papermill formats it
-    with open(folder / "log.txt", "a") as log, warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="nb-") as sockets, _written_whole(folder), _asked_first(folder, say):
+    with open(folder / "log.txt", "a") as log, warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="nb-") as sockets, _kernel_heard(f"{sockets}/stderr", log) as kernels, _written_whole(folder), _asked_first(folder, say):
         warnings.simplefilter("ignore")
         out = _Passing(say, log)
         try:
             papermill.execute_notebook(str(pipeline(name)), written, dict(recipe=str(folder / "recipe.yaml"), run=str(folder), **parameters), kernel_name="python3",
-                progress_bar=False, cwd=str(Path.cwd()), config=Config({"KernelManager": dict(transport="ipc", ip=f"{sockets}/k")} if os.name == "posix" and len(sockets) < 90 else {}), extra_arguments=["--log-level=CRITICAL"], stdout_file=out, stderr_file=log, autosave_cell_every=30, coalesce_streams=True)
+                progress_bar=False, cwd=str(Path.cwd()), config=Config({"KernelManager": dict(transport="ipc", ip=f"{sockets}/k")} if os.name == "posix" and len(sockets) < 90 else {}), extra_arguments=["--log-level=CRITICAL"], kernel_manager_class=kernels, stdout_file=out, stderr_file=_Passing(lambda line: None, log), autosave_cell_every=30, coalesce_streams=True)
         except KeyboardInterrupt:
             note(folder, status="stopped", ended=now(), error="interrupted by the person")
             raise
