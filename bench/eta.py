@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
-from finetune_nb import job, train, trial
+from finetune_nb import frozen, job, train, trial
 from finetune_nb.core import write_json
 from finetune_nb.hardware import versions
 from finetune_nb.models import load_tokenizer
@@ -35,7 +35,7 @@ def main():
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     clock = time.process_time if args.processor_time else time.perf_counter
-    trial.time = SimpleNamespace(perf_counter=clock)
+    trial.time = frozen.time = SimpleNamespace(perf_counter=clock)
     recipe = make(args.preset, **dict(args.p))
     machine, choices = job.check(recipe)
     rows, held = job.rows(recipe)

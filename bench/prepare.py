@@ -3,19 +3,21 @@
 usage: python bench/prepare.py [--most 1000000] [--trl-most 10000] [--out bench/results/NAME.json]
 
 A file of chat rows of some sixty tokens is read, checked, encoded and made into the trainer's table; then once more, with the
-tokens kept. Each size runs in a process of its own with an empty cache; told are seconds and rows a second of each step,
-and the peak memory beside the memory of the rows themselves. TRL's trainer prepares the same rows, from a `datasets`
-table, with a tiny model.
+tokens kept. Beside that, a part is held out and the rest searched for copies of it, which TRL does not do. Each size runs in a
+process of its own with an empty cache; told are the seconds of each step and the most memory in it that the system could not
+take back (mapped files it can). TRL's trainer prepares the same rows, from a `datasets` table, with a tiny model.
 """
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+
+import psutil
 
 from finetune_nb.core import write_json
 from record import taken
@@ -33,22 +35,38 @@ def write(file, n):
             f.write(json.dumps({"messages": messages}) + "\n")
 
 
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+class Peak:
+    "The most memory that this process held for itself since the last look, in bytes; without files that are mapped"
+    def __init__(self):
+        self.process, self.most = psutil.Process(), 0
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def now(self):
+        found = self.process.memory_info()
+        return found.rss - getattr(found, "shared", 0)
+
+    def watch(self):
+        while True: self.most = max(self.most, self.now()); time.sleep(0.01)
+
+    def read(self):
+        found, self.most = max(self.most, self.now()), 0
+        return found
 
 
 def ours(file):
     "Seconds of each step and memory"
-    from finetune_nb.data import read
+    from finetune_nb.data import read, split
+    from finetune_nb.duplicates import leaked_rows
     from finetune_nb.encoded import table
     from finetune_nb.mask import encode_all
     from finetune_nb.models import load_tokenizer
-    tokenizer, seconds, marks = load_tokenizer("smollm2-135m"), {}, {}
-    import datasets, pyarrow  # noqa: F401  their import is not preparation
-    marks["imports"] = peak()
+    tokenizer, seconds, marks, peak = load_tokenizer("smollm2-135m"), {}, {}, Peak()
+    import datasets, pyarrow, scipy.sparse.csgraph  # noqa: F401  their import is not preparation
+    marks["imports"] = peak.read()
     def timed(name, function):
         start = time.perf_counter(), time.process_time()
         found = function()
-        seconds[name], marks[name] = [round(b - a, 3) for a, b in zip(start, (time.perf_counter(), time.process_time()))], peak()
+        seconds[name], marks[name] = [round(b - a, 3) for a, b in zip(start, (time.perf_counter(), time.process_time()))], peak.read()
         return found
     data = timed("read", lambda: read(file))
     encoded, problems = timed("encode", lambda: encode_all(data, tokenizer, 512))
@@ -58,9 +76,12 @@ def ours(file):
     again = timed("encode, kept", lambda: encode_all(data, tokenizer, 512))[0]
     assert again[len(again) - 1] == encoded[len(encoded) - 1]
     tokens = int(encoded.ends[-1])
+    del made, again, encoded
+    train, held = timed("hold out", lambda: split(data, min(0.1, 1000 / len(data)), 0))
+    timed("copies", lambda: leaked_rows(train, held))
     whole, again = (sum(seconds[s][0] for s in names) for names in (("read", "encode", "table"), ("read", "encode, kept", "table")))
     return dict(rows=len(data), tokens=tokens, seconds=seconds, seconds_whole=round(whole, 3), seconds_again=round(again, 3), microseconds_a_row=round(1e6 * whole / len(data), 1), microseconds_a_row_again=round(1e6 * again / len(data), 1),
-                memory=marks, bytes_a_row=round((marks["encode, kept"] - marks["imports"]) / len(data)))
+                microseconds_a_row_searched=round(1e6 * (seconds["hold out"][0] + seconds["copies"][0]) / len(data), 1), memory=marks, **{f"bytes_a_row{n}": round((max(marks[s] for s in steps) - marks["imports"]) / len(data)) for n, steps in (("", ("read", "encode", "table", "encode, kept")), ("_searched", ("hold out", "copies")))})
 
 
 def trl(file):
@@ -69,14 +90,14 @@ def trl(file):
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
     from finetune_nb.models import load_tokenizer
-    tokenizer, start = load_tokenizer("smollm2-135m"), time.perf_counter()
+    tokenizer, peak, start = load_tokenizer("smollm2-135m"), Peak(), time.perf_counter()
     rows = load_dataset("json", data_files=str(file), split="train", cache_dir=str(Path(file).parent / "datasets"))
     rows = rows.map(lambda r: {"prompt": r["messages"][:-1], "completion": r["messages"][-1:]}, remove_columns="messages")
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1))
     with tempfile.TemporaryDirectory() as out:
         made = SFTTrainer(model=model, args=SFTConfig(output_dir=out, report_to="none", use_cpu=True, bf16=False, max_length=512), train_dataset=rows, processing_class=tokenizer).train_dataset
     took = time.perf_counter() - start
-    return dict(rows=len(made), seconds=round(took, 3), microseconds_a_row=round(1e6 * took / len(made), 1), memory=peak())
+    return dict(rows=len(made), seconds=round(took, 3), microseconds_a_row=round(1e6 * took / len(made), 1), memory=peak.read())
 
 
 def apart(what, n):

@@ -8,8 +8,8 @@ process, and MFU: operations that the mathematics needs, as a share of the speed
 matrices, measured in each process, the best of them counting. Arms take turns, forwards and backwards, each in a process of its own.
 
 Part "loss": seconds of training until a held-out loss. `source` trains one pass with the settings of the source's
-recipe; the others train until they reach its lowest held-out loss. Whatever an arm prepares counts (storing
-frozen layers, checking shortcuts); held-out losses, computed by one function for all arms, do not.
+recipe; the others train until they reach its lowest held-out loss. Whatever an arm prepares counts (checking
+shortcuts; frozen layers are stored in the first pass); held-out losses, computed by one function for all arms, do not.
 
 On CUDA the first part uses a model with random weights and the dimensions of llama-3.1-8b (--model takes another), rows
 of 64 to 2,048 tokens, and also runs qlora.

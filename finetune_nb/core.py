@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HIDDEN', 'plain', 'shortened', 'escaped', 'Problem', 'UserError', 'stop_on_errors', 'nearest', 'require',
            'write_atomic', 'write_json', 'DamagedFile', 'read_json', 'inside', 'parameter_problems', 'redact',
-           'sha256_file', 'sha256_json', 'cache_dir', 'human_bytes', 'human_time', 'Progress', 'markdown_table',
-           'text_table']
+           'sha256_file', 'canonical', 'sha256_json', 'cache_dir', 'human_bytes', 'human_time', 'Progress',
+           'markdown_table', 'text_table']
 
 # %% ../nbs/00_core.ipynb #61ca4171
 import hashlib, html, importlib, json, keyword, os, re, sys, tempfile, time
@@ -106,16 +106,16 @@ def require(
 # %% ../nbs/00_core.ipynb #8bbbb0ec
 def write_atomic(
     path,  # where the file goes; its folder is made
-    content,  # str or bytes
+    content,  # str or bytes, or an iterable of them, which need not fit in memory
 ):
     "Write a file so that it is either the old or the new one, never a part"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
+    parts = [content] if isinstance(content, (str, bytes)) else content
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "wb") as f:
-            f.write(data)
+            for part in parts: f.write(part.encode() if isinstance(part, str) else part)
             f.flush()
             os.fsync(f.fileno())
         os.chmod(tmp, 0o644)
@@ -207,11 +207,18 @@ def sha256_file(
     return h.hexdigest()
 
 
+def canonical(
+    value,  # anything json knows
+):
+    "A value's canonical JSON (sorted keys, no spaces), as bytes"
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
 def sha256_json(
     value,  # anything json knows
 ):
-    "SHA-256 of a value's canonical JSON (sorted keys), as 64 hex digits"
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+    "SHA-256 of a value's canonical JSON, as 64 hex digits"
+    return hashlib.sha256(canonical(value)).hexdigest()
 
 # %% ../nbs/00_core.ipynb #d3a4ceb4
 def cache_dir():

@@ -13,12 +13,13 @@ from pathlib import Path
 from . import home
 from .content import content_problems, languages, look, personal, texts, where
 from .core import Problem, Progress, UserError, write_atomic, write_json
-from .data import Data, fingerprint, read
+from .data import Data, read
 from .data_report import DataReport, page, png
 from .duplicates import leaked_rows, sizes
 from .labels import answers, likely_wrong
 from .mask import show_mask
 from .models import load_tokenizer
+from .rowfile import fingerprint
 from .similar import progress
 from .tokens import measure
 

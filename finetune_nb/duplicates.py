@@ -9,6 +9,7 @@ __all__ = ['VALUE', 'COMMON', 'spoken', 'without_values', 'Sizes', 'whole_key', 
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -156,14 +157,15 @@ def leaked_rows(
     "{position in `held`: Leak} of the rows whose prompt was trained on, exactly, nearly or in part"
     train, held = getattr(train, "rows", train), getattr(held, "rows", held)
     tell = progress("leakage", len(train))
-    asked = [prompt_words(r) for r in [*train, *held]]
+    asked = [prompt_words(r) for r in chain(train, held)]
     copied = _copied(asked[:len(train)], asked[len(train):], tell)
     asked = own_words(asked)
     near = nearest_of(bags(asked[len(train):]), bags(asked[:len(train)], tell))
-    same = {}
-    for i, r in enumerate(train): same.setdefault(hash(prompt_key(r)), i)
-    out = {}
-    for i, r in enumerate(held):
-        found = ("same", same[k], 1.0) if (k := hash(prompt_key(r))) in same else ("near", *near[i]) if i in near else copied.get(i)
+    keys, same, out = [hash(prompt_key(r)) for r in held], {}, {}
+    wanted = set(keys)
+    for i, r in enumerate(train):
+        if (k := hash(prompt_key(r))) in wanted: same.setdefault(k, i)
+    for i, k in enumerate(keys):
+        found = ("same", same[k], 1.0) if k in same else ("near", *near[i]) if i in near else copied.get(i)
         if found: out[i] = Leak(found[0], train[found[1]]["row"], round(float(found[2]), 3))
     return out

@@ -70,7 +70,7 @@ def facts(
     way = f"deepspeed zero{plugin.zero_stage}" if plugin else str(trainer.accelerator.distributed_type.value).lower()
     must = dict(rows=rows_print(trainer.train_dataset), held_rows=rows_print(trainer.eval_dataset), base=trainer.base, world=args.world_size, batch_size=args.per_device_train_batch_size,
                 accumulation=args.gradient_accumulation_steps, dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32", **compared)
-    shortcuts = [trainer.fast, trainer.shared, trainer.start if trainer.stored else 0] if hasattr(trainer, "fast") else None
+    shortcuts = [trainer.fast, trainer.shared, trainer.start] if hasattr(trainer, "fast") else None
     may = dict(device=args.device.type, shortcuts=shortcuts, torch_threads=torch.get_num_threads(), **{n: getattr(recipe, n) for n in ROUNDING}, **versions())
     fixed = {n: getattr(recipe, n) for n in FIXED} | dict(optimizer=str(getattr(args.optim, "value", args.optim)), parallel=way)
     return json.loads(json.dumps(dict(fixed=fixed, must=must, may=may)))

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 
 from . import answers, home
 from .core import Problem, UserError, stop_on_errors
-from .data import Data, fingerprint, read, split
+from .data import Data, read, split
 from .duplicates import leaked_rows
 from .evaluate import evaluate, generate
 from .hardware import choose, dtype_problems, machine, memory
 from .mask import encode_all
 from .models import find, load_model
 from .recipe import problems
+from .rowfile import collected, fingerprint
 from .sources import open_source
 from .targets import targets
 from .translate import construct, load_dtype, quantization_kwargs, target_problems, tracker_problems
@@ -58,7 +59,7 @@ def told(
 def _some(data, n, seed):
     if not n or len(data) <= n: return data
     kept = sorted(random.Random(seed).sample(range(len(data)), n))
-    rows = [data.rows[i] for i in kept]
+    rows = collected(data.rows[i] for i in kept)
     return replace(data, rows=rows, sha256=fingerprint(rows), notes=[*data.notes, f"{n} of {len(data)} rows, chosen by seed {seed}"])
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from .core import Problem, UserError, human_time, read_json, require, stop_on_errors, write_json
 from .distribute import DIVIDES_WEIGHTS, STAGE, choose, clashes, commands, files, known_way, share, write
 from .recipe import load
+from .rowfile import collected
+from .sources import jsonl_rows
 from .stack import setup
 from .static import trained
 
@@ -168,7 +170,7 @@ def _work(folder, place, way, processes, resume, override=()):
     recipe, _ = share(load(folder / "recipe.yaml"), world)
     choices = hardware.choose(hardware.machine(), recipe.dtype, recipe.attention, recipe.optimizer, recipe.workers, recipe.threads or max(1, hardware.cores() // processes), recipe.method)
     if choices["device"] == "cpu": _rehearse(way)
-    rows = {side: [json.loads(l) for l in p.read_text(encoding="utf-8").splitlines()] if (p := folder / "data" / f"{side}.jsonl").exists() else [] for side in ("train", "eval")}
+    rows = {side: collected(r for _, r in jsonl_rows(p)) if (p := folder / "data" / f"{side}.jsonl").exists() else [] for side in ("train", "eval")}
     joined = construct(SFTConfig, training_kwargs(recipe, choices, folder / "checkpoints", bool(rows["eval"])))
     trainer = one.build(recipe, choices, _base(recipe, choices, way), load_tokenizer(recipe.model, recipe.revision, recipe.trust_remote_code), rows["train"], rows["eval"], folder, say)
     _prepare(trainer, first)

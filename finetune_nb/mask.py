@@ -11,8 +11,8 @@ import html
 from collections import defaultdict
 from dataclasses import dataclass
 from .core import Problem, UserError
-from .data import fingerprint
 from .encoded import joined, keep, kept, key_of, together
+from .rowfile import collected, fingerprint
 
 # %% ../nbs/04b_mask.ipynb #84591f4d
 def plain(
@@ -131,8 +131,8 @@ def end_problem(
 ):
     "A Problem if answers do not train the end of a turn: an error if none does, else a warning; None if all do"
     ends = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | {tokenizer.eos_token_id}
-    whole = [(r["row"], not ends.isdisjoint(e["labels"])) for r, e in zip(rows, encoded) if not e["cut"]]
-    never = [n for n, trained in whole if not trained]
+    whole = [(i, not ends.isdisjoint(e["labels"])) for i, e in enumerate(encoded) if not e["cut"]]
+    never = [rows[i]["row"] for i, trained in whole if not trained]
     if not never: return None
     fix = f"Use a chat template that closes the assistant's turn with {tokenizer.eos_token!r}"
     if len(never) == len(whole): return Problem("chat template", "never trains the end of the assistant's turn, so the model would not stop", fix)
@@ -147,7 +147,7 @@ def length_problems(
     cut_answers=False,  # answers may lose their end
 ):
     "What cutting at `max_length` costs, as problems"
-    cut = [(n, r["row"], any(i != -100 for i in e["labels"])) for r, e, n in zip(rows, encoded, lengths) if e["cut"]]
+    cut = [(n, rows[at]["row"], any(i != -100 for i in e["labels"])) for at, (e, n) in enumerate(zip(encoded, lengths)) if e["cut"]]
     lost = [(n, at) for n, at, trains in cut if not trains]
     found = []
     if lost:
@@ -155,7 +155,7 @@ def length_problems(
         found.append(Problem("max_length", f"cuts off the whole answer of {len(lost)} of {len(rows)} rows ({'rows' if len(lost) > 1 else 'row'} {', '.join(str(at) for _, at in lost[:5])}{' and more' if len(lost) > 5 else ''})",
                              f"Raise max_length to {most}, or leave these rows out", max_length))
     if cut and len(cut) > len(lost):
-        answers = [r for r, e in zip(rows, encoded) if e["cut"] and "text" not in r]
+        answers = any(e["cut"] and "text" not in rows[at] for at, e in enumerate(encoded))
         what = "so their answers have no end" if answers else "so the ends of their texts are not trained"
         ways = f"Raise max_length to {max(lengths)} to keep every row whole" + ("; or leave the long rows out, or set cut_answers: true" if answers and not cut_answers else "")
         stops = len(cut) == len(rows) or answers and not cut_answers
@@ -172,19 +172,23 @@ def encode_each(
     tell=None,  # called with the number of rows done
 ):
     "(rows that can be encoded, `Encoded` whole, the problems of the others)"
-    rows, good, full, found = getattr(data, "rows", data), [], [], []
-    for at in range(0, len(rows), PART):
-        part, written = [], []
-        for row in rows[at:at + PART]:
-            try: written.append(_written(row, tokenizer))
-            except UserError as e: found += e.problems
-            else: part.append(row)
-        made = _tokens(part, written, tokenizer)
-        found += [m for m in made if isinstance(m, Problem)]
-        good += [row for row, m in zip(part, made) if not isinstance(m, Problem)]
-        full.append(joined([m for m in made if not isinstance(m, Problem)]))
-        if tell: tell(min(at + PART, len(rows)))
-    return good, together(full), gathered(found)
+    rows, found, bad = getattr(data, "rows", data), [], set()
+
+    def parts():
+        for at in range(0, len(rows), PART):
+            places, part, written = [], [], []
+            for i, row in enumerate(rows[at:at + PART], at):
+                try: written.append(_written(row, tokenizer))
+                except UserError as e: found.extend(e.problems), bad.add(i)
+                else: places.append(i), part.append(row)
+            made = _tokens(part, written, tokenizer)
+            for i, m in zip(places, made):
+                if isinstance(m, Problem): found.append(m), bad.add(i)
+            yield joined([m for m in made if not isinstance(m, Problem)])
+            if tell: tell(min(at + PART, len(rows)))
+
+    full = together(parts())
+    return collected(r for i, r in enumerate(rows) if i not in bad) if bad else rows, full, gathered(found)
 
 
 def encode_once(
@@ -195,7 +199,7 @@ def encode_once(
     "`encode_each`, kept in the cache where all rows can be encoded"
     rows = getattr(data, "rows", data)
     key = key_of(getattr(data, "sha256", "") or fingerprint(rows), tokenizer)
-    if key and (found := kept(key)) and len(found) == len(rows): return list(rows), found, []
+    if key and (found := kept(key)) and len(found) == len(rows): return rows, found, []
     good, full, problems = encode_each(rows, tokenizer, tell)
     if key and not problems: keep(key, full)
     return good, full, problems
@@ -208,11 +212,11 @@ def token_problems(
 ):
     "Problems of the special tokens: no end is trained, the start stands twice, nothing is trained"
     problems = [p] if (p := end_problem(rows, full, tokenizer)) else []
-    twice = [r["row"] for r, e in zip(rows, full) if e["input_ids"][:2] == [tokenizer.bos_token_id] * 2]
+    twice = [rows[i]["row"] for i, e in enumerate(full) if e["input_ids"][:2] == [tokenizer.bos_token_id] * 2]
     if twice:
         problems.append(Problem("tokenizer", f"puts the start token {tokenizer.bos_token!r} twice before {len(twice)} of {len(rows)} rows, the first of them row {twice[0]}",
                                 "Take it out of the rows' text, or out of the template"))
-    nothing = [r["row"] for r, e in zip(rows, full) if all(i == -100 for i in e["labels"])]
+    nothing = [rows[i]["row"] for i, e in enumerate(full) if all(i == -100 for i in e["labels"])]
     return problems + gathered([Problem(f"row {n}", "has no token that would be trained", "Use a template that writes the answer after the prompt") for n in nothing])
 
 # %% ../nbs/04b_mask.ipynb #f9849b33

@@ -12,9 +12,10 @@ from dataclasses import replace
 from .cards import from_machine
 from .core import Problem, UserError, human_bytes
 from .hardware import disk_problems, memory
+from .lengths import row_lengths
 from .past import Rehearsal, remember
 from .time_cost import batches, fit_speed, flops, from_probe, schedule
-from .trial import Trial, chosen_steps, free, is_out_of_memory, row_lengths, trial
+from .trial import Trial, chosen_steps, free, is_out_of_memory, trial
 
 # %% ../nbs/08c_rehearse.ipynb #0b1eb0fd
 def halve(
@@ -60,7 +61,7 @@ def _work(trainer, shapes, setup, share):
     if setup is None: return sum
     again = trainer.args.device.type == "cuda" and not trainer.fast
     every = trainer.args.device.type == "cpu" and not trainer.fast
-    return lambda rows: flops(shapes, setup, rows, answers=None if every else share * sum(rows), stored=trainer.start if trainer.stored else 0, head_again=again).total
+    return lambda rows: flops(shapes, setup, rows, answers=None if every else share * sum(rows), stored=trainer.start, head_again=again).total
 
 # %% ../nbs/08c_rehearse.ipynb #75b2dab7
 def _estimate(trainer, recipe, lengths, answers, steps, found, work, price, model_flops):
@@ -77,6 +78,9 @@ def _estimate(trainer, recipe, lengths, answers, steps, found, work, price, mode
         held, order = row_lengths(trainer.eval_dataset)[0], args.per_device_eval_batch_size
         cost = [max(held[i:i + order]) * len(held[i:i + order]) for i in range(0, len(held), order)]
         extra += -(-plan.steps // args.eval_steps) * found.eval_seconds * sum(cost) / (max(held) * min(order, len(held)))
+    if trainer.stored is not None:
+        from finetune_nb.frozen import seconds_left
+        extra += seconds_left(trainer.stored, plan.steps * trainer._train_batch_size * args.gradient_accumulation_steps, args.eval_strategy != "no")
     if args.save_strategy == "steps": extra += -(-plan.steps // args.save_steps) * found.save_seconds
     total = plan.passes * sum(model_flops(b) for b in plan.batches) if model_flops else None
     return speed, plan, from_probe(plan, speed, work, extra, total, price)
@@ -104,14 +108,14 @@ def rehearse(
     while True:
         size, found = trainer._train_batch_size, Trial()
         passes = 2 if trainer.args.gradient_accumulation_steps > 1 and len(lengths) >= 2 * size else 1
-        steps = chosen_steps(lengths, min(size * passes, len(lengths)), recipe.seed, more=15)
+        steps = chosen_steps(lengths, min(size * passes, len(lengths)), recipe.seed, more=15, order=trainer.stored.order if trainer.stored is not None else None)
         if _fits(trainer, steps, passes, found): break
         _make_room(trainer, found, max(lengths), advice, tell)
     if 0 < found.eval_batch < min(trainer.args.per_device_eval_batch_size, len(trainer.eval_dataset)):
         tell(f"out of memory: {trainer.args.per_device_eval_batch_size} held-out rows at once become {found.eval_batch}")
         trainer.args.per_device_eval_batch_size = found.eval_batch
     work = _work(trainer, shapes, setup, sum(answers) / sum(lengths))
-    model_flops = (lambda rows: flops(shapes, setup, rows, sum(answers) / sum(lengths) * sum(rows), trainer.start if trainer.stored else 0).model) if setup else None
+    model_flops = (lambda rows: flops(shapes, setup, rows, sum(answers) / sum(lengths) * sum(rows), trainer.start).model) if setup else None
     speed, plan, estimate = _estimate(trainer, recipe, lengths, answers, steps, found, work, price, model_flops)
     r = Rehearsal(trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps, asked, trainer.args.per_device_eval_batch_size, max(lengths), found.peaks, _predicted(shapes, setup, card, size, max(lengths), padded),
                   found.seconds, found.eval_seconds, found.save_seconds, found.checkpoint, time.perf_counter() - start, speed, plan, estimate, notes)

@@ -15,6 +15,7 @@ from itertools import chain
 import numpy as np
 
 from .core import Progress
+from .rowfile import mapped, scratch
 
 # %% ../nbs/03d_similar.ipynb #a594705e
 ALONE = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # Thai, kana, Chinese characters
@@ -144,12 +145,13 @@ def bags(
     tell=None,  # called with the number of texts done
 ):
     "The `Bags` of texts; one without words is equal to every other without words"
-    known, parts = Known(), []
+    known, features, keys, parts = Known(), scratch(), scratch(), [(np.zeros(0, np.int64), np.zeros(0, np.uint64), np.zeros(0, bool))]
     for s in range(0, len(texts), 20_000):
-        parts.append(_some(texts[s:s + 20_000], known))
+        found, *some, key = _some(texts[s:s + 20_000], known)
+        features.write(found.tobytes()), keys.write(np.ascontiguousarray(key.T).tobytes()), parts.append(some)
         if tell: tell(min(s + 20_000, len(texts)))
-    found, sizes, whole, cut, keys = zip(*(parts or [(np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.uint64), np.zeros(0, bool), np.zeros((BANDS, 0), np.uint64))]))
-    return Bags(np.concatenate(found), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]), np.concatenate(whole), np.concatenate(cut), np.concatenate(keys, 1))
+    sizes, whole, cut = map(np.concatenate, zip(*parts))
+    return Bags(mapped(features, np.uint64), np.concatenate([[0], np.cumsum(sizes)]), whole, cut, mapped(keys, np.uint64).reshape(-1, BANDS).T)
 
 # %% ../nbs/03d_similar.ipynb #fbed4ecd
 def _taken(bag, rows):

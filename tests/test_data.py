@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from finetune_nb.core import UserError
-from finetune_nb.data import SHAPES, Data, clusters, fingerprint, messages_text, prompt_key, read, save, split
+from finetune_nb.data import SHAPES, Data, clusters, messages_text, prompt_key, read, save, split
+from finetune_nb.rowfile import fingerprint
 
 QA = [("Capital of France?", "Paris, \"the\" capital."), ("2+2?", "4"), ("Größe, in\nzwei Zeilen?", "Ja; naïve 😀")]
 WANTED = [{"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}], "row": i} for i, (q, a) in enumerate(QA, 1)]

@@ -12,7 +12,8 @@ from hypothesis import given, settings, strategies as st
 from conftest import CHATML, make_tokenizer, write_rows
 from finetune_nb import content, data_check, data_report, duplicates, labels, similar, tokens
 from finetune_nb.core import UserError
-from finetune_nb.data import Data, fingerprint, split
+from finetune_nb.data import Data, split
+from finetune_nb.rowfile import fingerprint
 
 SILENT = dict(say=lambda line: None)
 

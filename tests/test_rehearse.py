@@ -1,20 +1,23 @@
 "A rehearsal changes nothing but the number of rows at once, and that only when memory runs out"
 import json
 import sys
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from conftest import losses, saved_weights
+from conftest import losses, saved_weights, write_rows
 from finetune_nb import job, train
 from finetune_nb.core import UserError
+from finetune_nb.frozen import seconds_left
 from finetune_nb.hardware import machine
 from finetune_nb.models import load_tokenizer
 from finetune_nb.past import past_error, past_rehearsals
 from finetune_nb.recipe import make
 from finetune_nb.rehearse import rehearse
+from test_shortcuts import many_rows
 from test_time_cost import shapes_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,6 +64,24 @@ def test_same_bits_with_and_without(built, change):
     (first, tokens, weights, logged), (second, tokens2, weights2, logged2) = results
     assert (first, tokens, logged) == (second, tokens2, logged2)
     assert weights.keys() == weights2.keys() and all(torch.equal(v, weights2[k]) for k, v in weights.items())
+
+
+def test_storing_is_outside_of_the_steps_and_part_of_the_estimate(built, tmp_path):
+    "what it stored is whole groups, kept for the run, or rows that are forgotten"
+    trainer, recipe, _ = built(lora_dropout=0.0, lora_layers=2, max_steps=40, batch_size=2, eval_steps=2, eval_batch_size=2, data=str(write_rows(tmp_path / "many.jsonl", many_rows(160))))
+    frozen, inner = trainer.stored, trainer.stored.compute
+    def slow(numbers):
+        time.sleep(0.2)
+        found = inner(numbers)
+        frozen.seconds += 1e4
+        return found
+    frozen.compute = slow
+    r = rehearse(trainer, recipe, say=quiet, least=0)
+    assert max(r.step_seconds[1:]) < 0.2 and r.eval_seconds < 0.2, "storing was counted as part of a step"
+    assert trainer.stored is frozen and frozen, "what the rehearsal stored of whole groups is of use to the run"
+    assert all(set(g) <= frozen.keys() or not set(g) & frozen.keys() for g in (*frozen.training, *frozen.held))
+    left = seconds_left(frozen, 80, True)
+    assert left > 1e4 and left == pytest.approx(r.estimate.seconds, rel=1e-2), "storing that is still to come belongs to the time of the run"
 
 
 def test_out_of_memory_halves_the_rows_at_once_and_keeps_the_step(built):

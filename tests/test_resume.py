@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import exact
 from finetune_nb.checkpoint import MARK, about, damage, found
@@ -28,6 +29,24 @@ def test_every_pair_of_settings_meets():
 @pytest.mark.parametrize("c", COVERING, ids=lambda c: "-".join(map(str, c.values())))
 def test_gone_on_with_is_as_if_never_stopped(c, tiny_model, tiny_rows, tmp_path):
     assert exact.interrupted_equals_straight(c, tiny_model, tiny_rows, tmp_path) == []
+
+
+def test_frozen_layers_are_stored_in_another_order(run, tmp_path):
+    "a run that goes on in the middle of the first pass stores other rows first; which are computed together stays"
+    together = []
+    def watched(trainer):
+        inner = trainer.stored.compute
+        trainer.stored.compute = lambda numbers: together.append(tuple(numbers)) or inner(numbers)
+    settings = dict(max_rows=0, lora_dropout=0.0, lora_layers=2, save_steps=0, eval_steps=3, epochs=2.0, fast_path=True, change=watched)
+    whole = run("straight", **settings)
+    straight = list(together)
+    assert whole.stored.keys() == set(range(len(whole.train_dataset) + len(whole.eval_dataset))) and len(straight) == 3
+    for step in (8, 10): run("broken", resume=step > 8, stop=step, **settings)
+    together.clear()
+    last = run("broken", resume=True, **settings)
+    assert together != straight and sorted(together) == sorted(straight)
+    assert exact.same(tmp_path / "straight", tmp_path / "broken") == []
+    assert all(torch.equal(v, last.stored[i]) for i, v in whole.stored.items())
 
 
 def test_stopped_again_and_again_with_the_best_at_the_end(run, tmp_path):

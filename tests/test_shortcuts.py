@@ -1,9 +1,17 @@
 "The shortcuts change the time a training takes and nothing else: not a loss, not a weight, on no architecture"
+import random
+
 import pytest
 import torch
 import transformers
+from datasets import Dataset
+from transformers import TrainerCallback
 
-from conftest import losses, saved_weights, train_here
+from conftest import ROOMS, THINGS, VERBS, losses, saved_weights, train_here, write_rows
+from finetune_nb import job, train
+from finetune_nb.frozen import GROUP
+from finetune_nb.lengths import common_start, row_lengths
+from finetune_nb.models import load_tokenizer
 from finetune_nb.recipe import make
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -129,3 +137,86 @@ def test_a_difference_that_does_not_show_before_training(both):
     "A soft cap of the logits changes nothing while they are small, and much once they have grown"
     config = SIZES | dict(final_logit_softcapping=2.0, query_pre_attn_scalar=16, initializer_range=0.002)
     same(both(lambda: architecture("Gemma2", config), method="full", learning_rate=0.02, max_steps=8), tolerance=1e-3)
+
+
+class Count(TrainerCallback):
+    "How many rows are stored after each step"
+    def __init__(self, trainer): self.trainer, self.stored = trainer, []
+    def on_step_end(self, *args, **kwargs): self.stored.append(len(self.trainer.stored))
+
+
+def many_rows(count):
+    "Requests of different length, no two alike"
+    say = lambda n: f"{VERBS[n % 3]} the {THINGS[n // 3 % 3]} in the {ROOMS[n // 9 % 3]} at {n} o'clock" + ", please" * (n % 5)
+    return [{"prompt": [{"role": "user", "content": say(n)}], "completion": [{"role": "assistant", "content": f"{THINGS[n // 3 % 3]} {n}"}]} for n in range(count)]
+
+
+@pytest.fixture
+def many(tiny_model, tmp_path):
+    "(trainer, recipe) for 64 rows to train and 16 held out, the lower layers stored"
+    data = str(write_rows(tmp_path / "many.jsonl", many_rows(80)))
+    def run(**changes):
+        base = dict(model=tiny_model, data=data, batch_size=8, accumulation=1, epochs=2.0, learning_rate=1e-2, dtype="float32", threads=1, log_steps=1, eval_steps=0, save_steps=0, best_at_end=False, lora_layers=2, lora_r=4, lora_alpha=8,
+                    lora_dropout=0.0, gradient_checkpointing=False, packing=False, compare=False, eval_fraction=0.2, tracker="none", seed=5)
+        recipe = make("stock", **base | changes)
+        _, choices = job.check(recipe, say=lambda line: None)
+        found, held = job.rows(recipe)
+        trainer = train.build(recipe, choices, job.model(recipe, choices), load_tokenizer(recipe.model), found.rows, held.rows, tmp_path / "run", say=lambda line: None)
+        assert (len(trainer.train_dataset), len(trainer.eval_dataset), len(trainer.stored)) == (64, 16, 0), "nothing is stored before it is needed"
+        return trainer, recipe
+    return run
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(batch_size=16), dict(batch_size=4, accumulation=4), dict(batch_size=1, max_steps=40)], ids=str)
+def test_a_step_of_the_first_pass_stores_its_own_rows_and_no_others(changes, many, tmp_path):
+    "Fails if a library takes rows in another order than `first_pass` says; the weights would still be right"
+    trainer, recipe = many(**changes)
+    trainer.add_callback(count := Count(trainer))
+    train.learn(trainer, recipe, tmp_path / "run", say=lambda line: None)
+    rows = recipe.batch_size * recipe.accumulation
+    assert count.stored == [min(-(-(k + 1) * rows // GROUP) * GROUP, 64) for k in range(trainer.state.max_steps)]
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(group_by_length=True), dict(lora_dropout=0.1)], ids=str)
+def test_each_row_is_computed_once(changes, many, tmp_path):
+    trainer, recipe = many(eval_steps=3, **changes)
+    inner, computed = trainer.stored.compute, []
+    trainer.stored.compute = lambda numbers: computed.extend(numbers) or inner(numbers)
+    train.learn(trainer, recipe, tmp_path / "run", say=lambda line: None)
+    assert sorted(computed) == list(range(80)) and trainer.stored.keys() == set(range(80))
+
+
+def test_storing_in_the_middle_of_a_step_leaves_no_trace(many):
+    "neither in the random numbers, nor in the mode, nor in gradients"
+    trainer, _ = many(lora_dropout=0.1)
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(8)]))
+    trainer.model.train()
+    found = []
+    for _ in range(2):  # the first time rows are missing, the second time they are there
+        torch.manual_seed(1)
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, dict(batch)).backward()
+        assert all(m.training for m in trainer.model.modules())
+        found.append((torch.get_rng_state(), [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]))
+    (state, first), (again, second) = found
+    assert torch.equal(state, again) and first and all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_common_start_and_lengths_read_from_columns():
+    "against row by row, on random rows, also where a table is a part of another"
+    r = random.Random(0)
+    def slow(rows):
+        first, limit = rows[0]["input_ids"], min(next((i for i, l in enumerate(r["labels"]) if l != -100), len(r["labels"])) for r in rows) - 1
+        for r in rows: limit = min(limit, next((i for i, (a, b) in enumerate(zip(first, r["input_ids"])) if a != b), limit))
+        return max(limit, 0)
+    for _ in range(100):
+        start, rows = [r.randrange(3) for _ in range(r.randrange(1, 6))], []
+        for _ in range(r.choice([1, 3, 2500])):
+            ids = (start if r.random() < 0.9997 else start[:1]) + [r.randrange(3) for _ in range(r.randrange(1, 4))]
+            prompt = r.randrange(min(len(start), len(ids) - 1), len(ids) + 1)
+            rows.append(dict(input_ids=ids, labels=[-100] * prompt + ids[prompt:]))
+        data = Dataset.from_list(rows)
+        some = sorted(r.sample(range(len(rows)), max(1, len(rows) // 2)))
+        for table, seen in ((data, rows), (data.select(some), [rows[i] for i in some]), (data.select(range(len(rows) // 3, len(rows))), rows[len(rows) // 3:])):
+            assert row_lengths(table) == ([len(x["input_ids"]) for x in seen], [sum(l != -100 for l in x["labels"]) for x in seen])
+            assert common_start([table]) == slow(seen) and common_start([data, table]) == slow(rows + seen)

@@ -99,7 +99,8 @@ def run(case, folder):
     import torch
     from finetune_nb import job, train
     from finetune_nb.models import load_tokenizer
-    from finetune_nb.trial import Peak, Trial, is_out_of_memory, row_lengths, trial
+    from finetune_nb.lengths import row_lengths
+    from finetune_nb.trial import Peak, Trial, is_out_of_memory, trial
     if case["loss"] == "liger":
         import liger_kernel.transformers as liger
         getattr(liger, f"apply_liger_kernel_to_{case['model'].split('-')[0].rstrip('.0123456789') if 'qwen3' not in case['model'] else 'qwen3'}")()
