@@ -118,8 +118,10 @@ def execute(
             raise
         except PapermillExecutionError as e:
             text = re.sub(r"\x1b\[[0-9;]*m", "", str(e.evalue))
-            stopped = e.ename in ("KeyboardInterrupt", "Stopped")
-            note(folder, status="stopped" if stopped else "failed", ended=now(), error=f"{e.ename}: {text}"[:4000])
+            unseen = e.ename == "CellExecutionError" and "KeyboardInterrupt" in (folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-500:]
+            name = "KeyboardInterrupt" if unseen else e.ename  # a second signal came while the kernel wrote down the first
+            stopped = name in ("KeyboardInterrupt", "Stopped")
+            note(folder, status="stopped" if stopped else "failed", ended=now(), error=f"{name}: {text}"[:4000])
             if stopped: raise KeyboardInterrupt from None
             if e.ename == "UserError": raise UserError(_from_text(text)) from None
             if known := _explained(text): raise UserError(known) from None

@@ -223,3 +223,14 @@ def test_rows_that_were_trained_on_are_told(tmp_path):
     held = [dict(prompt="Where has the postman gone to with our long letter", completion="home"), rows[3] | dict(prompt=rows[3]["prompt"].upper() + "?")]
     train, found = job.rows(make("laptop", data=str(write_rows(tmp_path / "train.jsonl", rows)), eval_data=str(write_rows(tmp_path / "eval.jsonl", held))))
     assert found.leaked == [1] and "1 of 2 rows that were trained on" in str(found.problems[0]) and not train.leaked
+
+
+def test_a_second_signal_while_the_first_is_written_down(tmp_path, monkeypatch):
+    "IPython gives up a traceback that is interrupted, so that the cell has failed and holds no error"
+    import nbformat
+    source = "def interrupted(*args, **kwargs): raise KeyboardInterrupt\nget_ipython().InteractiveTB.structured_traceback = interrupted\n1 / 0"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata=dict(kernelspec=dict(name="python3", language="python", display_name="Python"))), tmp_path / "short.ipynb")
+    monkeypatch.setattr(runs, "pipeline", lambda name: tmp_path / "short.ipynb")
+    (place := tmp_path / "run").mkdir()
+    with pytest.raises(KeyboardInterrupt): runs.execute(place)
+    assert read_json(place / "run.json")["status"] == "stopped"

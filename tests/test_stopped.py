@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from conftest import COMMAND, chat_rows, ended, settings, start, write_rows
+from conftest import COMMAND, chat_rows, ended, settings, start, until, write_rows
 from finetune_nb import runs
 from finetune_nb.core import read_json, sha256_file
 
@@ -59,7 +59,9 @@ def test_goes_on_to_the_same_bits(values, whole, tmp_path, how):
     if how != "ctrl-c": os.kill(kernel, signal.SIGKILL)
     code, out, err = ended(process)
     if how == "ctrl-c": assert code == 130 and runs.status(folder) == "stopped" and "stopping after this step" in err and "finetune-nb resume" in err
-    else: assert runs.status(folder) == "died" and (how == "all killed" or code == 1)
+    else:
+        until(lambda: runs.status(folder) == "died", "the end of the kernel's process", 20)
+        assert how == "all killed" or code == 1
     if how == "kernel killed": assert "This run died" in "".join(read_json(folder / "notebook.ipynb")["cells"][0]["source"])
     assert not (folder / "adapter").exists() and not (folder / "metrics.json").exists()
     code, out, err = ended(start(*COMMAND, "resume", folder, "--json", cwd=tmp_path))
