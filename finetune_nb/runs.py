@@ -119,9 +119,9 @@ def execute(
         except PapermillExecutionError as e:
             text = re.sub(r"\x1b\[[0-9;]*m", "", str(e.evalue))
             unseen = e.ename == "CellExecutionError" and "KeyboardInterrupt" in (folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-500:]
-            name = "KeyboardInterrupt" if unseen else e.ename  # a second signal came while the kernel wrote down the first
-            stopped = name in ("KeyboardInterrupt", "Stopped")
-            note(folder, status="stopped" if stopped else "failed", ended=now(), error=f"{name}: {text}"[:4000])
+            kind = "KeyboardInterrupt" if unseen else e.ename  # a second signal came while the kernel wrote down the first
+            stopped = kind in ("KeyboardInterrupt", "Stopped")
+            note(folder, status="stopped" if stopped else "failed", ended=now(), error=f"{kind}: {text}"[:4000])
             if stopped: raise KeyboardInterrupt from None
             if e.ename == "UserError": raise UserError(_from_text(text)) from None
             if known := _explained(text): raise UserError(known) from None
