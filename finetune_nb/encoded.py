@@ -6,7 +6,7 @@
 __all__ = ['ROWS', 'HELD', 'KEPT', 'Encoded', 'joined', 'together', 'table', 'kept', 'keep', 'key_of']
 
 # %% ../nbs/04b_encoded.ipynb #c0a1a9e6
-import hashlib, json, mmap, os
+import hashlib, json, os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -109,8 +109,7 @@ def table(
     first = next(pieces)
     with pa.ipc.new_stream(file, first.schema) as out:
         for piece in chain([first], pieces): out.write_table(piece)
-    file.flush()
-    return made(pa.ipc.open_stream(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))).read_all())
+    return made(pa.ipc.open_stream(pa.py_buffer(mapped(file, np.uint8))).read_all())
 
 # %% ../nbs/04b_encoded.ipynb #3b2e29bc
 KEPT = 20  # sets of rows

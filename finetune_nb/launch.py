@@ -6,7 +6,7 @@
 __all__ = ['SAYS', 'watch', 'Trained', 'prepare', 'train', 'settle', 'result', 'work', 'save']
 
 # %% ../nbs/13a_launch.ipynb #c4d8c595
-import json, os, signal, subprocess, sys, threading
+import os, signal, subprocess, sys, threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -147,19 +147,19 @@ def length_problems(
     cut_answers=False,  # answers may lose their end
 ):
     "What cutting at `max_length` costs, as problems"
-    cut = [(n, rows[at]["row"], any(i != -100 for i in e["labels"])) for at, (e, n) in enumerate(zip(encoded, lengths)) if e["cut"]]
+    cut = [(n, at, any(i != -100 for i in e["labels"])) for at, (e, n) in enumerate(zip(encoded, lengths)) if e["cut"]]
     lost = [(n, at) for n, at, trains in cut if not trains]
     found = []
     if lost:
         most = max(n for n, _ in lost)
-        found.append(Problem("max_length", f"cuts off the whole answer of {len(lost)} of {len(rows)} rows ({'rows' if len(lost) > 1 else 'row'} {', '.join(str(at) for _, at in lost[:5])}{' and more' if len(lost) > 5 else ''})",
+        found.append(Problem("max_length", f"cuts off the whole answer of {len(lost)} of {len(rows)} rows ({'rows' if len(lost) > 1 else 'row'} {', '.join(str(rows[at]['row']) for _, at in lost[:5])}{' and more' if len(lost) > 5 else ''})",
                              f"Raise max_length to {most}, or leave these rows out", max_length))
     if cut and len(cut) > len(lost):
-        answers = any(e["cut"] and "text" not in rows[at] for at, e in enumerate(encoded))
+        answers = any("text" not in rows[at] for _, at, _ in cut)
         what = "so their answers have no end" if answers else "so the ends of their texts are not trained"
         ways = f"Raise max_length to {max(lengths)} to keep every row whole" + ("; or leave the long rows out, or set cut_answers: true" if answers and not cut_answers else "")
         stops = len(cut) == len(rows) or answers and not cut_answers
-        found.append(Problem("max_length", f"cuts {len(cut)} of {len(rows)} rows ({100 * len(cut) / len(rows):.0f} %, row {cut[0][1]} first), {what}", ways, max_length, level="error" if stops else "warning"))
+        found.append(Problem("max_length", f"cuts {len(cut)} of {len(rows)} rows ({100 * len(cut) / len(rows):.0f} %, row {rows[cut[0][1]]['row']} first), {what}", ways, max_length, level="error" if stops else "warning"))
     return found
 
 # %% ../nbs/04b_mask.ipynb #e44572ce

@@ -108,7 +108,7 @@ def rehearse(
     while True:
         size, found = trainer._train_batch_size, Trial()
         passes = 2 if trainer.args.gradient_accumulation_steps > 1 and len(lengths) >= 2 * size else 1
-        steps = chosen_steps(lengths, min(size * passes, len(lengths)), recipe.seed, more=15, order=trainer.stored.order if trainer.stored is not None else None)
+        steps = chosen_steps(lengths, min(size * passes, len(lengths)), recipe.seed, more=15, order=getattr(trainer.stored, "order", None))
         if _fits(trainer, steps, passes, found): break
         _make_room(trainer, found, max(lengths), advice, tell)
     if 0 < found.eval_batch < min(trainer.args.per_device_eval_batch_size, len(trainer.eval_dataset)):

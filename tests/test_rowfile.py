@@ -5,6 +5,7 @@ import random
 import pytest
 
 from finetune_nb import data, duplicates, encoded, job, mask, rowfile
+from finetune_nb.core import UserError
 from finetune_nb.data_check import check
 from finetune_nb.mask import encode_all
 from finetune_nb.models import load_tokenizer
@@ -54,10 +55,10 @@ def steps(file, tmp_path, name):
 
 def test_every_step_gives_the_same(file, tmp_path, few, monkeypatch):
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(mask, "key_of", lambda *known: "")  # else the second takes the tokens that the first kept
+        m.setattr(mask, "key_of", lambda *known: "")  # else one takes the tokens that the other kept
         in_files = steps(file, tmp_path, "files")
-    monkeypatch.undo()
-    in_lists = steps(file, tmp_path, "lists")
+        monkeypatch.undo()
+        in_lists = steps(file, tmp_path, "lists")
     assert (in_files.pop("kinds"), in_lists.pop("kinds")) == ({Rows}, {list})
     for name, value in in_lists.items(): assert in_files[name] == value, name
     assert in_lists["again"] == in_lists["train"] and in_lists["leaks"]
@@ -75,7 +76,7 @@ def test_a_row_that_cannot_be_encoded_is_left_out_of_many(few, file):
 def test_many_bad_rows_are_all_told(few, tmp_path):
     place = tmp_path / "bad.jsonl"
     place.write_text("".join(json.dumps(dict(prompt=f"question {i}", completion="" if i % 50 == 7 else "yes")) + "\n" for i in range(300)))
-    with pytest.raises(Exception, match="row 8, completion: is empty") as told: data.read(place)
+    with pytest.raises(UserError, match="row 8, completion: is empty") as told: data.read(place)
     assert len(told.value.problems) == 6
     kept = data.read(place, strict=False)
     assert isinstance(kept.rows, Rows) and len(kept) == 294 and "6 of 300 rows could not be used and were left out" in kept.notes
