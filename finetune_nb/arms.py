@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .core import Problem, UserError, markdown_table, nearest
+from .core import Problem, UserError, nearest
 from .retrieve import bm25
 
 # %% ../nbs/10b_arms.ipynb #26170278

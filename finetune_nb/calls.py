@@ -9,7 +9,7 @@ __all__ = ['CONFIGS', 'OTHERS', 'FAST', 'owner_of', 'trace', 'arguments', 'worth
 import ast, re
 
 from .constants import Program, dotted, last_name
-from .core import Problem, shortened
+from .core import shortened
 from .receipt import Code
 
 # %% ../nbs/05q_calls.ipynb #c4c756ed

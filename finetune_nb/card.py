@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 
 from .certificate import LORA, Certificate
-from .core import Problem, UserError, cache_dir, human_bytes, human_time, markdown_table, nearest, plain, read_json, redact, shortened, write_atomic
+from .core import Problem, UserError, cache_dir, human_time, markdown_table, nearest, plain, read_json, redact, shortened, write_atomic
 from .data import read
 from .duplicates import sizes
 from .evaluate import SHARES

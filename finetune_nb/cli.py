@@ -7,11 +7,11 @@ __all__ = ['NEEDS', 'run', 'rerun', 'resume', 'attach', 'stop', 'list_runs', 'co
            'main']
 
 # %% ../nbs/16a_cli.ipynb #4665ef11
-import argparse, json, sys, traceback
+import argparse, json, os, sys, traceback
 from pathlib import Path
 
 from . import __version__, runs
-from .core import Problem, UserError, human_time, parameter_problems, read_json, stop_on_errors, text_table
+from .core import Problem, UserError, human_time, parameter_problems, read_json, shortened, stop_on_errors, text_table
 from .facts import TABLES
 from .recipe import FIELDS, PRESETS
 from .verbs import _say, card, convert, data, decide, export, facts, parallel, plan, push, read_value, recipe_of, targets
@@ -220,6 +220,13 @@ def parser():
     verb("compare", compare, (["a"], dict(metavar="A", help="a run folder")), (["b"], dict(metavar="B", help="another")))
     return top
 
+# %% ../nbs/16a_cli.ipynb #81c3c9bf
+def _refused(error, typed):
+    "A `UserError` if an OSError is about one of the typed texts as a path, else the error itself"
+    at = os.path.abspath(error.filename) + os.sep if isinstance(error.filename, str) else ""
+    named = [a for t in typed for a in (t, t.partition("=")[2]) if a and os.path.abspath(a) != os.getcwd() and at.startswith(os.path.abspath(a) + os.sep)]
+    return UserError(Problem(shortened(named[0]), f"cannot be used as a path: {error.strerror}", "Give another one")) if named else error
+
 # %% ../nbs/16a_cli.ipynb #7560aeae
 def main(
     argv=None,  # the arguments; None takes the process's own
@@ -229,7 +236,8 @@ def main(
     verb, as_json = next((a for a in argv if not a.startswith("-")), ""), "--json" in argv
     try:
         args = parser().parse_args(argv)
-        answer, shown = args.function(args)
+        try: answer, shown = args.function(args)
+        except OSError as e: raise _refused(e, [a for a in argv if a != verb]) from None
     except UserError as e:
         if as_json: print(json.dumps(e.to_json(), ensure_ascii=False))
         _say(f"finetune-nb {verb}: {len(e.problems)} problem{'s' if len(e.problems) > 1 else ''} to mend\n{e}")

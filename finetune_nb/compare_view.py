@@ -20,6 +20,7 @@ from .data import read
 from .evaluate import SHARES, Scores, show_metric
 from .folder import status
 from .forms import AMBER, RED, line, problems_html, svg, unannounced
+from .paths import run_folder
 from .views import Looking, Parts, table_html
 
 # %% ../nbs/15e_compare_view.ipynb #019ea6f7
@@ -27,8 +28,7 @@ def kept(
     folder,  # a run folder
 ):
     "The `Comparison` of a run as its files have it, or a `UserError`"
-    folder, again = Path(folder), "Do the run again, or show another"
-    if not (folder / "run.json").is_file(): raise UserError(Problem(str(folder), "is not a run folder", "List the runs with: finetune-nb runs"))
+    folder, again = run_folder(folder), "Do the run again, or show another"
     if not all((folder / f"{n}.json").is_file() for n in ("scores", "comparison")):
         how = status(folder)
         raise UserError(Problem(str(folder), f"has not compared before and after; it is {how}", "Wait for its end" if how in ("running", "starting") else "Train with compare: true"))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HIDDEN', 'plain', 'shortened', 'escaped', 'Problem', 'UserError', 'stop_on_errors', 'nearest', 'require',
-           'write_atomic', 'write_json', 'DamagedFile', 'read_json', 'inside', 'parameter_problems', 'redact',
-           'sha256_file', 'canonical', 'sha256_json', 'cache_dir', 'human_bytes', 'human_time', 'Progress',
-           'markdown_table', 'text_table']
+           'write_atomic', 'write_json', 'DamagedFile', 'read_json', 'parameter_problems', 'redact', 'sha256_file',
+           'canonical', 'sha256_json', 'cache_dir', 'human_bytes', 'human_time', 'Progress', 'markdown_table',
+           'text_table']
 
 # %% ../nbs/00_core.ipynb #61ca4171
 import hashlib, html, importlib, json, keyword, os, re, sys, tempfile, time
@@ -147,18 +147,6 @@ def read_json(
     except (ValueError, RecursionError) as e: raise DamagedFile(Problem(str(path), f"is damaged: {shortened(str(e), 100)}", "Restore the file, or delete it with what belongs to it")) from None
     if kind and not isinstance(value, kind): raise DamagedFile(Problem(str(path), f"is damaged: it should hold a {kind.__name__}", "Restore the file, or delete it with what belongs to it"))
     return value
-
-# %% ../nbs/00_core.ipynb #574ef233
-def inside(
-    folder,  # the folder that must not be left
-    name,  # a file or folder name, from a person
-):
-    "`folder/name`, or a `UserError` if the name would lead out of the folder"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", str(name)):
-        raise UserError(Problem("name", "may hold letters, digits, '.', '_' and '-', and starts with a letter or digit", "Choose a plainer name", name))
-    path = Path(folder) / name
-    if not path.resolve().is_relative_to(Path(folder).resolve()): raise UserError(Problem("name", "is a link that leads out of its folder", "Remove the link, or choose another name", name))
-    return path
 
 # %% ../nbs/00_core.ipynb #69e20198
 def parameter_problems(

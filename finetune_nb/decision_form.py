@@ -14,7 +14,7 @@ from .answers import QUESTIONS, KINDS, make as make_answers
 from .core import UserError, escaped
 from .data_check import check
 from .decide import APPROACHES, decide, picture
-from .forms import RED, Form, answer_place, answered, bar, button, described, grouped, line, problems_html, row, svg, text_control, unannounced
+from .forms import Form, answer_place, answered, bar, button, described, grouped, line, problems_html, row, svg, text_control, unannounced
 from .recipe import FIELDS, make, to_yaml
 
 # %% ../nbs/15a_decision_form.ipynb #f995cc7b

@@ -13,6 +13,7 @@ from . import report
 from .core import Problem, UserError, read_json, stop_on_errors, write_atomic
 from .folder import alive, apart_environment, new_folder, note, now, owner, status
 from .hardware import disk_problems
+from .paths import run_folder
 from .recipe import load, problems, to_yaml
 from .runs import RunFailed, execute, problems_before, resume
 
@@ -56,8 +57,7 @@ def condition(
     folder,  # a run folder
 ):
     "As `folder.status`, but `ending` while the process that looks after a run has not yet written how it ended"
-    folder = Path(folder)
-    if not (folder / "run.json").is_file(): raise UserError(Problem(str(folder), "is not a run folder", "List the runs with: finetune-nb runs"))
+    folder = run_folder(folder)
     try: how, who = status(folder), read_json(folder / "run.json", dict).get("supervisor") or {}
     except (KeyError, TypeError): raise UserError(Problem(str(folder / "run.json"), "is damaged: it does not say how the run is", "Start a new run with its recipe.yaml")) from None
     return "ending" if how == "died" and type(who.get("pid")) is int and alive(who["pid"], who.get("born")) else str(how)

@@ -11,9 +11,10 @@ import json, math, os, re, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .core import Problem, UserError, human_time, plain, read_json, shortened
+from .core import UserError, human_time, plain, read_json, shortened
 from .detached import condition
 from .folder import silent
+from .paths import run_folder
 
 # %% ../nbs/14c_events.ipynb #411b6bab
 class Events:
@@ -213,8 +214,7 @@ def follow(
     every=1.0,  # seconds between two looks
 ):
     "Tell a run's new lines until it ends; its last `State`"
-    folder = Path(folder)
-    if not (folder / "run.json").is_file(): raise UserError(Problem(str(folder), "is not a run folder", "List the runs with: finetune-nb runs"))
+    folder = run_folder(folder)
     events, log, rest = Events(folder), folder / "log.txt", ""
     at = log.stat().st_size if log.exists() else 0
     say(str(state := look(folder, events)))

@@ -8,17 +8,18 @@ __all__ = ['KEPT', 'SAME', 'LIMIT', 'MARK', 'Run', 'open_run', 'sixteen', 'compu
            'merge_problems', 'export_adapter']
 
 # %% ../nbs/12_export.ipynb #a7415af5
-import errno, inspect, json, math, os, random, re, shutil, tempfile
+import errno, inspect, json, math, os, random, shutil, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import Problem, UserError, human_bytes, inside, read_json, redact, sha256_file, stop_on_errors, write_json
+from .core import Problem, UserError, human_bytes, read_json, redact, sha256_file, stop_on_errors, write_json
 from .data import read
 from .evaluate import _measured, _stop_ids
 from .hardware import disk_problems, memory, versions
 from .mask import encode_each
 from .models import find, identity, load_adapter, load_model, load_tokenizer
+from .paths import inside, run_folder
 from .recipe import load
 from .tree import configuration, shapes_of
 from .trust import folder_problems, link_problems
@@ -46,8 +47,7 @@ def open_run(
     trust_remote_code=False,  # let the model's own code run, if the recipe says so too
 ):
     "A `Run`, or a `UserError` that says why nothing of it can be exported"
-    folder = Path(folder)
-    if not all((folder / f).is_file() for f in ("recipe.yaml", "run.json")): raise UserError(Problem(str(folder), "is not a run folder", "List the runs with: finetune-nb runs"))
+    folder = run_folder(folder, "recipe.yaml")
     run, found = Run(folder, load(folder / "recipe.yaml"), read_json(folder / "run.json", dict)), link_problems(folder)
     if run.recipe.trust_remote_code and not trust_remote_code: found.append(Problem("trust_remote_code", "is set in this run's recipe, which may come from somebody else", "Read the model's code, then add --trust-remote-code"))
     what, pattern = ("model", "*.safetensors") if run.recipe.method == "full" else ("adapter", "adapter_model.safetensors")

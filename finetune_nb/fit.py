@@ -7,7 +7,7 @@ __all__ = ['REMEDIES', 'SIZES', 'Remedy', 'Step', 'Fit', 'smallest_card', 'small
            'suggestion', 'need_a_fit']
 
 # %% ../nbs/06b_fit.ipynb #21cdf78e
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from .cards import CARDS, Card
 from .core import Problem, UserError, human_bytes, markdown_table

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
-from .converter import architecture_problems, command, gguf_problems, run_logged
+from .converter import command, gguf_problems, run_logged
 from .core import Problem, UserError, nearest, stop_on_errors, write_json
 from .hardware import cores, disk_problems
 from .importance import importance

@@ -8,7 +8,6 @@ __all__ = ['Head', 'head', 'run_head']
 # %% ../nbs/05e_head.ipynb #b2f6b136
 from dataclasses import dataclass
 
-from .shapes import Shapes
 from .stack import LOSSES
 from .tape import Step, Tape, cast, norm
 

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from .content import where
-from .core import Problem, markdown_table, require
+from .core import Problem, require
 from .data import prompt_key
 
 # %% ../nbs/04f_labels.ipynb #b4d02ef4

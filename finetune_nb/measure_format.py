@@ -7,11 +7,10 @@ __all__ = ['PROMPT', 'MADE', 'TIMES', 'row_figures', 'ratio', 'summary', 'reside
            'Reference', 'scored', 'work', 'apart', 'measure']
 
 # %% ../nbs/12f_measure_format.ipynb #ac9b1d77
-import gc, json, math, os, re, signal, statistics, subprocess, sys, tempfile, time
+import json, math, os, re, signal, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from .core import Problem, UserError, read_json, write_json
-from .hardware import cores
 from .quantize import FORMATS
 
 # %% ../nbs/12f_measure_format.ipynb #1e2b63d1

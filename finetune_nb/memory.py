@@ -7,10 +7,10 @@ __all__ = ['OTHER', 'CONTEXT', 'SEVERAL', 'FACTORS', 'LIBRARIES', 'SHARD', 'TOKE
            'elsewhere', 'MemoryPlan', 'plan']
 
 # %% ../nbs/06_memory.ipynb #ec928c81
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
-from .allocator import WORKSPACE, replay
+from .allocator import replay
 from .block import layout
 from .core import human_bytes, markdown_table
 from .moments import moments

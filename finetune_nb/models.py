@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from .core import Problem, UserError, cache_dir, human_bytes, nearest, read_json, sha256_file, sha256_json, stop_on_errors, write_json
+from .paths import typed
 from .template import examine, sha256_template
 from .trust import SETTINGS, adapter_problems, code_problems, folder_problems, settings_of
 
@@ -43,11 +44,10 @@ def find(
     model,  # hub id "owner/name", folder, .gguf file, or an embedded name
 ):
     "Where the model is, or a `UserError` that says what is missing"
-    try: path, is_file, is_folder = (p := Path(model).expanduser()), p.is_file(), p.is_dir()
-    except (OSError, ValueError, RuntimeError) as e: raise UserError(Problem("model", f"is no path: {e}", "Give a hub id, a folder or a .gguf file", str(model)[:100])) from None
+    path = typed(model, "model", "Give a hub id, a folder or a .gguf file")
     if model in EMBEDDED: return Source(model, "gguf", str(embedded_file(model)))
-    if path.suffix == ".gguf" and is_file: return Source(model, "gguf", str(path))
-    if is_folder:
+    if path.suffix == ".gguf" and path.is_file(): return Source(model, "gguf", str(path))
+    if path.is_dir():
         lacking = [] if list(path.glob("*.safetensors")) else ["*.safetensors"]
         lacking += [] if (path / "config.json").is_file() else ["config.json"]
         if not lacking: return Source(model, "folder", str(path))

@@ -18,6 +18,7 @@ from .core import Problem, UserError, escaped, shortened
 from .curves import bundle, picture
 from .events import Events, State, look, sentence
 from .folder import status
+from .paths import run_folder
 from .recipe import load
 
 # %% ../nbs/15c_monitor.ipynb #66409244
@@ -231,5 +232,4 @@ def attach(
     every=1.0,  # seconds between two looks
 ):
     "Show a run, with the buttons that make sense for it"
-    if not Path(run).is_dir(): raise UserError(Problem(str(run), "is not a run folder", "List the runs with: finetune-nb runs"))
-    return TrainMonitor(run=run, every=every)
+    return TrainMonitor(run=run_folder(run), every=every)

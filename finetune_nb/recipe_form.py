@@ -20,6 +20,7 @@ from .hardware import Machine, choose, cores, dtype_problems, machine
 from .known import KNOWN, known
 from .memory import plan
 from .models import EMBEDDED, local
+from .paths import typed
 from .recipe import FIELDS, PRESETS, load, make, to_yaml
 from .stack import setup
 from .targets import lora_parameters, targets
@@ -223,9 +224,9 @@ class _Planned(_Settings):
     def shapes(self):
         "The model's Shapes, if they are known without loading anything"
         name = self.controls["model"].value.strip()
-        if name not in self._seen and not Path(name).expanduser().exists():
-            try: self._seen[name] = known(name)
-            except UserError: return None
+        try:
+            if name not in self._seen and not typed(name, "model").exists(): self._seen[name] = known(name)
+        except UserError: return None
         return self._seen.get(name)
 
     def read_layers(self):

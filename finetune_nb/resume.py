@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy
 import torch
 from safetensors import SafetensorError
-from transformers import TrainerCallback
 
 from .checkpoint import MARK, damage, found, prune, room, seal, size, sync
 from .core import Problem, UserError, read_json, write_atomic

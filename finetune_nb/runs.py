@@ -11,9 +11,10 @@ import os, re, signal, tempfile, threading
 from contextlib import contextmanager
 from pathlib import Path
 
-from .core import Problem, UserError, human_time, inside, parameter_problems, read_json, redact, stop_on_errors, write_atomic
+from .core import Problem, UserError, human_time, parameter_problems, read_json, redact, stop_on_errors, write_atomic
 from .folder import OWN, alive, begin, commit, finish, from_notebook, injected, new_folder, note, now, owner, status
 from .hardware import disk_problems
+from .paths import inside, run_folder
 from .recipe import load, make, to_yaml
 from .trust import link_problems
 
@@ -198,8 +199,7 @@ def resume(
     trust_remote_code=False,  # let the model's own code run, if the recipe says so too
 ):
     "Go on with a run that did not end, and return its folder"
-    folder = Path(folder)
-    if not (folder / "run.json").is_file(): raise UserError(Problem(str(folder), "is not a run folder", "List the runs with: finetune-nb runs"))
+    folder = run_folder(folder)
     facts = read_json(folder / "run.json", dict)
     _trusted(folder, trust_remote_code)
     if facts.get("pipeline", "finetune") != "finetune": raise UserError(Problem(str(folder), f"is a {facts['pipeline']}, which goes on when it is started again", "Start it with the same command again, in this folder: quantize takes it as --out, bakeoff as --run"))
@@ -217,8 +217,7 @@ def stop(
     folder,  # the folder of a run that is going on
 ):
     "Ask a run to stop after its step, with a checkpoint, as a first Ctrl-C does; from anywhere on this machine"
-    folder = Path(folder)
-    if not (folder / "run.json").is_file(): raise UserError(Problem(str(folder), "is not a run folder", "List the runs with: finetune-nb runs"))
+    folder = run_folder(folder)
     if status(folder) not in ("running", "starting"): raise UserError(Problem(str(folder), f"is {status(folder)}, so there is nothing to stop", "List the runs with: finetune-nb runs"))
     return write_atomic(folder / "stop", now())
 
@@ -258,8 +257,7 @@ def compare(
 ):
     "What differs between two runs in recipe, environment, data and model, and result"
     def parts(folder):
-        folder, lines = Path(folder), lambda p: dict(l.split("==", 1) for l in p.read_text(errors="replace").splitlines() if "==" in l)
-        if not (folder / "run.json").exists(): raise UserError(Problem(str(folder), "is not a run folder", "List the runs with: finetune-nb runs"))
+        folder, lines = run_folder(folder), lambda p: dict(l.split("==", 1) for l in p.read_text(errors="replace").splitlines() if "==" in l)
         facts = read_json(folder / "run.json", dict)
         return dict(recipe=load(folder / "recipe.yaml").model_dump(), environment=(lines(folder / "environment.txt") if (folder / "environment.txt").exists() else {}) | {k: facts.get(k) for k in ("python", "system", "machine", "commit")},
                     data={k: facts.get(k) for k in ("data", "model")}, result=read_json(folder / "metrics.json", dict) if (folder / "metrics.json").exists() else {})

@@ -16,6 +16,7 @@ from .differences import differences
 from .evaluate import SHARES, show_metric
 from .folder import status
 from .forms import line, problems_html, svg, unannounced
+from .paths import run_folder
 from .recipe import FIELDS, load
 from .report import curve_points
 from .views import Looking, Parts, table_html
@@ -35,8 +36,7 @@ def summary(
     folder,  # a run folder
 ):
     "The `Summary` of a run, or a `UserError`"
-    folder = Path(folder)
-    if not all((folder / f).is_file() for f in ("run.json", "recipe.yaml")): raise UserError(Problem(str(folder), "is not a run folder", "List the runs with: finetune-nb runs"))
+    folder = run_folder(folder, "recipe.yaml")
     try:
         found = read_json(folder / "metrics.json", dict).get("after") if (folder / "metrics.json").is_file() else {}
         scores = {k: {n: float(m[n]) for n in ("value", "low", "high")} | dict(n=int(m["n"])) for k, m in (found or {}).items()}

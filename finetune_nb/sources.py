@@ -10,6 +10,7 @@ __all__ = ['READERS', 'not_utf8', 'whole_text', 'jsonl_rows', 'json_rows', 'csv_
 import csv, io, json, re
 from pathlib import Path
 from .core import Problem, UserError, nearest
+from .paths import typed
 
 # %% ../nbs/03a_sources.ipynb #5d6fe1ef
 def not_utf8(place, error):
@@ -101,7 +102,7 @@ def open_source(
     split,  # which part of a dataset with parts
 ):
     "The name to show for a source, and an iterator over its (number, row)"
-    path, kinds = Path(source).expanduser(), ", ".join(READERS)
+    path, kinds = typed(source, "data", "Give a file, a folder or a hub id"), ", ".join(READERS)
     if path.is_dir(): return path.name, folder_rows(path, split)
     reader = READERS.get(path.suffix.lower())
     if path.is_file():

@@ -13,6 +13,7 @@ from pathlib import Path
 from .core import Problem, UserError, cache_dir, nearest, read_json, sha256_json, write_json
 from .known import known
 from .models import EMBEDDED, _explained, blocks, find, stacks
+from .paths import typed
 from .shapes import Shapes, Weight, from_json, to_json
 
 # %% ../nbs/03b_tree.ipynb #deb4721f
@@ -20,7 +21,7 @@ def configuration(
     model,  # hub id, folder, config.json, .gguf file, or an embedded name
 ):
     "The content of a model's config.json, as a dict"
-    path = Path(model).expanduser()
+    path = typed(model, "model")
     if path.is_dir(): path = path / "config.json"
     if path.suffix == ".json":
         if not path.is_file(): raise UserError(Problem(str(model), "has no config.json", "Give a model's folder, its config.json, a .gguf file or a hub id"))
@@ -171,7 +172,7 @@ def shapes_of(
 ):
     "The shapes of a model by name, read once for each configuration"
     from importlib.metadata import version
-    if not Path(str(model)).expanduser().exists():
+    if not typed(str(model), "model").exists():
         try: return known(model)
         except UserError:
             if "/" not in str(model) and not str(model).endswith((".json", ".gguf")) and str(model) not in EMBEDDED: raise

@@ -11,7 +11,7 @@ import html, re, sys
 
 from .core import Problem, UserError, text_table
 from .facts import TABLES, table
-from .recipe import FIELDS, _Loader, load, make
+from .recipe import FIELDS, PRESETS, _Loader, load, make
 
 # %% ../nbs/16_verbs.ipynb #2f07c5a6
 def read_value(
@@ -28,13 +28,22 @@ def _value(name, text): return read_value(text) if name in FIELDS and FIELDS[nam
 
 def _say(line): print(line, file=sys.stderr, flush=True)
 
+# %% ../nbs/16_verbs.ipynb #95374ec9
+def _loaded(args, values):
+    recipe = load(args.recipe, preset=args.preset or "", **values)
+    others = [k for k, v in PRESETS.get(args.preset, {}).items() if getattr(recipe, k) != v]
+    if others and recipe == load(args.recipe, **values):
+        raise UserError(Problem("--preset", f"changes nothing: {args.recipe} has its own {', '.join(others)}", "Leave --preset out, take those lines out of the file, or give the values with -p"))
+    return recipe
+
 
 def recipe_of(
     args,  # parsed arguments of `run`
 ):
     "The recipe a command line asks for"
     values = {k: _value(k, v) for k, v in args.p} | {k: v for k in ("parallel", "processes") if (v := getattr(args, k, None)) is not None}
-    if args.recipe: return load(args.recipe, **({"preset": args.preset} if args.preset else {}), **values)
+    if args.recipe and args.demo: raise UserError(Problem("--demo", "is the embedded model and task, and a recipe file names its own", "Leave out one of the two"))
+    if args.recipe: return _loaded(args, values)
     if not (args.demo or args.preset or values):
         raise UserError(Problem("run", "needs a recipe", "Give a recipe file, settings (-p data my.jsonl), or --demo for the embedded model and task"))
     return make(args.preset or "laptop", **({"name": "demo"} if args.demo else {}) | values)
@@ -99,7 +108,7 @@ def _planned(args):
     from finetune_nb.cards import card, from_machine
     from finetune_nb.hardware import Machine, machine
     values = {k: _value(k, v) for k, v in args.p} | ({"model": args.model} if args.model else {})
-    recipe = load(args.recipe, preset=args.preset or "stock", **values) if args.recipe else make(args.preset or "stock", **values)
+    recipe = _loaded(args, values) if args.recipe else make(args.preset or "stock", **values)
     if args.card:
         c = card(args.card)
         return recipe, c, Machine("cuda", c.name, c.bf16, 1, c.usable, 0, 1, c.capability)

@@ -6,8 +6,11 @@ import subprocess
 import sys
 import time
 
+import hypothesis
 import pytest
 
+hypothesis.settings.register_profile("steady", derandomize=True)  # the same examples each time; HYPOTHESIS_PROFILE=default makes up others
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", WANDB_MODE="offline")  # nothing here may ask the network
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

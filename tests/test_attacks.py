@@ -21,8 +21,9 @@ import yaml
 
 from conftest import CHATML, chat_rows, save_model
 from finetune_nb import report, runs, template, trust
-from finetune_nb.core import UserError, escaped, inside, markdown_table, parameter_problems, plain, read_json, redact, write_json
+from finetune_nb.core import UserError, escaped, markdown_table, parameter_problems, plain, read_json, redact, write_json
 from finetune_nb.models import checked, find, load_adapter, load_model, load_tokenizer
+from finetune_nb.paths import inside
 from finetune_nb.recipe import load, make
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -59,6 +59,7 @@ def here(tmp_path, tiny_model, tiny_rows, monkeypatch):
 
 
 GOOD = ["run", "--preset", "fast", "-p", "model", "{model}", "-p", "data", "{rows}"]
+LONG = "turn on the light in the kitchen " * 10
 # what is typed, and what the answer must name
 MISTAKES = {
     "no verb": ([], ["VERB"]),
@@ -112,6 +113,12 @@ MISTAKES = {
     "no folder, to push": (["push", "nothere", "me/it"], ["nothere", "finetune-nb export"]),
     "nothing to convert": (["convert", "nothere.py"], ["nothere.py"]),
     "a failed run, to repeat": (["rerun", "failed"], ["failed", "metrics"]),
+    "a preset of which a recipe leaves nothing": (["run", "failed/recipe.yaml", "--preset", "laptop"], ["--preset", "changes nothing", "recipe.yaml"]),
+    "a recipe and the demo": (["run", "failed/recipe.yaml", "--demo"], ["--demo", "Leave out one"]),
+    "the home of nobody": ([*GOOD[:-1], "~nobody-of-this-name/rows.jsonl"], ["data", "nobody-of-this-name"]),
+    "rows where their file belongs": ([*GOOD[:-1], LONG], ["data", "too long"]),
+    "a text for a model": (["run", "-p", "model", LONG, "-p", "data", LONG], ["model", "data", "too long"]),
+    **{f"a text for a path: {' '.join(typed)}": ([*typed, LONG], ["too long"]) for typed in (["data"], ["resume"], ["attach"], ["stop"], ["rerun"], ["export"], ["quantize"], ["card"], ["convert"], ["compare", "failed"], ["runs", "--out"], ["plan", "--model"], ["decide", "--data"])},
 }
 
 
