@@ -806,6 +806,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'finetune_nb.events.State.__str__': ('events.html#state.__str__', 'finetune_nb/events.py'),
                                     'finetune_nb.events.State.live': ('events.html#state.live', 'finetune_nb/events.py'),
                                     'finetune_nb.events._checkpoint': ('events.html#_checkpoint', 'finetune_nb/events.py'),
+                                    'finetune_nb.events._drawable': ('events.html#_drawable', 'finetune_nb/events.py'),
                                     'finetune_nb.events._verdict': ('events.html#_verdict', 'finetune_nb/events.py'),
                                     'finetune_nb.events.alarms': ('events.html#alarms', 'finetune_nb/events.py'),
                                     'finetune_nb.events.curves': ('events.html#curves', 'finetune_nb/events.py'),

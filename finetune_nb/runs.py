@@ -272,8 +272,7 @@ def rerun(
     trust_remote_code=False,  # let the model's own code run, if the recipe says so too
 ):
     "(new folder, differences): do a run again and compare every number"
-    folder = Path(folder)
-    if not (folder / "recipe.yaml").is_file(): raise UserError(Problem(str(folder), "holds no recipe.yaml", "Give a run folder; list them with: finetune-nb runs"))
+    folder = run_folder(folder, "recipe.yaml")
     if not (folder / "metrics.json").is_file(): raise UserError(Problem(str(folder), f"is {status(folder)} and has no metrics to compare with", "Run its recipe.yaml as a new run"))
     facts = read_json(folder / "run.json", dict)
     again = run(_trusted(folder, trust_remote_code), out or folder.parent, say, name=facts.get("pipeline", "finetune"), **facts.get("parameters", {}))

@@ -5,13 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from conftest import COMMAND, NO_ANSWER, ended, save_model, settings, start, write_rows
+from conftest import COMMAND, NO_ANSWER, ended, save_model, settings, start, until, write_rows
 from finetune_nb import cli, runs
 from finetune_nb.core import read_json
 from finetune_nb.recipe import load, make, to_yaml
@@ -242,14 +241,6 @@ def gone(pid):
     except (FileNotFoundError, ProcessLookupError): return True
 
 
-def until(true, seconds, what):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := true(): return value
-        time.sleep(0.1)
-    pytest.fail(f"{what} did not happen in {seconds} s")
-
-
 @pytest.fixture(scope="module")
 def training(tiny_model, tiny_rows, tmp_path_factory):
     "Three long runs, each started by its own command and training: [(process, run folder)]"
@@ -257,7 +248,7 @@ def training(tiny_model, tiny_rows, tmp_path_factory):
         folder = tmp_path_factory.mktemp(f"long{n}")
         process = start(*COMMAND, "run", "--preset", "fast", *tiny(model=tiny_model, data=tiny_rows, max_steps=100000, log_steps=1, eval_steps=0), "--out", "runs", "--json", cwd=folder)
         curve = lambda: [p for p in folder.glob("runs/*/metrics.jsonl") if p.read_text().count("\n") > 2]
-        return process, until(lambda: process.poll() is None and curve() or process.poll() is not None and pytest.fail(process.communicate()[1]), 120, "the training")[0].parent
+        return process, until(lambda: process.poll() is None and curve() or process.poll() is not None and pytest.fail(process.communicate()[1]), "the training")[0].parent
     with ThreadPoolExecutor(3) as pool: found = list(pool.map(one, range(3)))
     yield dict(zip(("interrupted", "killed", "kernel killed"), found))
     for process, run in found:
@@ -275,7 +266,7 @@ def test_ctrl_c_stops_the_run_and_keeps_what_there_was(training):
     assert code == 130 and "Traceback" not in out + err and "stopped" in err, err[-3000:]
     facts = read_json(run / "run.json")
     assert facts["status"] == "stopped" and facts["ended"] >= facts["started"]
-    until(lambda: gone(kernel), 10, "the kernel's end")
+    until(lambda: gone(kernel), "the kernel's end", 10)
     with pytest.raises(ProcessLookupError): os.killpg(process.pid, 0)
     kept = [*run.glob("interrupted/adapter_model.safetensors"), *run.glob("checkpoints/checkpoint-*/adapter_model.safetensors")]
     assert kept, f"nothing of the training was kept: {sorted(p.name for p in run.iterdir())}"
@@ -287,7 +278,7 @@ def test_a_killed_run_has_died(training, capsys):
     kernel = read_json(run / "run.json")["pid"]
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    until(lambda: runs.status(run) == "died", 30, "the kernel's end")
+    until(lambda: runs.status(run) == "died", "the kernel's end", 30)
     code, out, _ = call(capsys, "runs", "--out", run.parent, "--json")
     row, = only_object(out)["runs"]
     assert code == 0 and (row["run"], row["status"]) == (run.name, "died") and gone(kernel)
@@ -297,7 +288,7 @@ def test_a_killed_run_has_died(training, capsys):
 def test_a_process_that_ended_and_was_not_asked_about_has_died():
     "Where nobody collects ended processes, as in many containers, they keep their number"
     child = subprocess.Popen([sys.executable, "-c", ""])
-    until(lambda: gone(child.pid), 20, "the process's end")
+    until(lambda: gone(child.pid), "the process's end", 20)
     assert not runs.alive(child.pid) and runs.alive(os.getpid())
     child.wait()
 

@@ -20,7 +20,7 @@ from finetune_nb.decide import _CODE, APPROACHES, DETECT, RULES, SYSTEM, TUNED, 
 from finetune_nb.facts import table
 
 CASES = yaml.safe_load((Path(__file__).parent / "cases" / "decide.yaml").read_text())
-quick = settings(max_examples=30, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 
 
 def split(cases):

@@ -153,8 +153,8 @@ def test_any_log_can_be_drawn(tmp_path_factory, lines):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(l) + "\n" for l in lines))
     (folder / "run.json").write_text('{"status": "done"}')
     drawn = shown(folder)[1]
-    places = " ".join(re.findall(r' (?:points|[xy][12]?|c[xy]|transform)="([^"]*)"', drawn))
-    assert drawn.startswith("<svg") and "nan" not in places and "inf" not in places
+    own = re.sub(r'(fill="#d63a3a">)[^<]*', r"\1", drawn.partition(">")[2]).lower()  # an alarm of a damaged log may be called anything
+    assert drawn.startswith("<svg") and "nan" not in own and "inf" not in own.replace("info", "")
 
 
 def test_markup_from_rows_and_models_is_text(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import exact
+from conftest import until
 from finetune_nb import folder as run_folders, runs
 from finetune_nb.checkpoint import about
 from finetune_nb.core import UserError, read_json, write_json
@@ -24,12 +25,6 @@ HARD = dict(sigkill=lambda: os.kill(os.getpid(), signal.SIGKILL), exit=lambda: o
 def renewed(folder): return (folder / "run.json").stat().st_mtime
 
 
-def until(true, seconds=20):
-    end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end: time.sleep(0.01)
-    assert true()
-
-
 def begun(place, end, monkeypatch):
     "(pid, folder) of a process that began a run, lives for a moment and then ends hard"
     monkeypatch.setattr(run_folders.beat, "__defaults__", (0.02,))
@@ -40,7 +35,7 @@ def begun(place, end, monkeypatch):
         end()
         time.sleep(60)
     pid = torture.apart(work)
-    until(lambda: (folder / "run.json").exists())
+    until(lambda: (folder / "run.json").exists(), "the beginning", 20)
     return pid, folder
 
 
@@ -54,7 +49,7 @@ def elsewhere(folder, silent=0.0):
 def test_the_heart_stops_with_the_process(how, tmp_path, monkeypatch):
     pid, folder = begun(tmp_path, HARD[how], monkeypatch)
     before = renewed(folder)
-    until(lambda: renewed(folder) > before)
+    until(lambda: renewed(folder) > before, "a sign of life", 20)
     assert runs.status(folder) == "running"
     (tmp_path / "end").touch()
     time.sleep(0.2)
